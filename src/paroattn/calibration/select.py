@@ -1,0 +1,149 @@
+"""The choice of token orders and block masks from statistics (paper, sections 4.1 and 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import pack_bits, text_blocks
+from paroattn.errors import PlanError
+from paroattn.grid import TokenGrid
+from paroattn.plan import ModelIdentity, Plan
+from paroattn.quantize import Precision
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationStatistics:
+    """What calibration measured; plans of any density and precision are selected from it.
+
+    Attributes:
+        model, grid: what it was measured on.
+        order_names: candidate orders; order_index uint8 [layers, heads]: the order chosen for each head.
+        bucket_edges: start of each step bucket, fractions of the schedule.
+        block_sums: mean block sums of P [buckets, layers, heads, q blocks, kv blocks] in those orders.
+        provenance: prompts, seed, steps and the like; JSON values.
+    """
+
+    model: ModelIdentity
+    grid: TokenGrid
+    order_names: tuple[str, ...]
+    order_index: Tensor
+    bucket_edges: tuple[float, ...]
+    block_sums: Tensor
+    provenance: Mapping[str, Any]
+
+
+def choose_orders(sparse: Tensor, incoherence: Tensor, alpha: float) -> Tensor:
+    """The order of each head: least alpha * M_dense + (1 - alpha) * M_quant, each divided by its sum over the orders.
+
+    The paper minimises although its M_sparse is better when higher; we take M_dense = 1 - M_sparse.
+
+    Args:
+        sparse, incoherence: M_sparse and M_quant, [layers, heads, orders].
+        alpha: weight of sparsity, in [0, 1].
+
+    Returns:
+        uint8 [layers, heads]; the first of equal orders.
+
+    Example:
+        >>> choose_orders(torch.tensor([[[0.1, 0.8]]]), torch.tensor([[[90.0, 20.0]]]), alpha=0.5)
+        tensor([[1]], dtype=torch.uint8)
+    """
+    combined = alpha * _share(1 - sparse) + (1 - alpha) * _share(incoherence)
+    return combined.argmin(-1).to(torch.uint8)
+
+
+def _share(metric: Tensor) -> Tensor:
+    """Metric over its sum along the last dimension; equal shares where the sum is zero."""
+    total = metric.sum(-1, keepdim=True)
+    return torch.where(total > 0, metric / total, 1 / metric.shape[-1])
+
+
+def select_blocks(block_sums: Tensor, density: float, required: Tensor) -> Tensor:
+    """Keep the blocks with the largest sums, at one threshold for all heads given together.
+
+    Args:
+        block_sums: [heads, q blocks, kv blocks].
+        density: kept blocks over all blocks, in (0, 1], averaged over the heads; met to the nearest block.
+        required: bool [q blocks, kv blocks], blocks kept in any case. The largest block of each row is, too.
+
+    Returns:
+        bool like block_sums, True for kept blocks.
+
+    Raises:
+        PlanError: the required blocks alone exceed the density; the message gives the least one possible.
+
+    Example:
+        >>> select_blocks(torch.tensor([[[9.0, 1.0], [5.0, 6.0]]]), 0.75, torch.zeros(2, 2, dtype=torch.bool))
+        tensor([[[ True, False],
+                 [ True,  True]]])
+    """
+    forced = required.expand_as(block_sums).clone()
+    forced.scatter_(-1, block_sums.argmax(-1, keepdim=True), True)
+    wanted, least = round(density * block_sums.numel()), int(forced.sum())
+    if wanted < least:
+        raise PlanError(
+            f"density {density:g} cannot be reached: text blocks and one block per row already need "
+            f"{least / block_sums.numel():.4f}. Ask for at least that."
+        )
+    ranked = block_sums.masked_fill(forced, torch.inf).flatten().sort(descending=True, stable=True).indices
+    kept = torch.zeros(block_sums.numel(), dtype=torch.bool)
+    kept[ranked[:wanted]] = True
+    return kept.view_as(block_sums)
+
+
+def select_plan(statistics: CalibrationStatistics, *, density: float, precision: str | Precision = "exact") -> Plan:
+    """A plan with block-sum masks: one threshold per step bucket and layer, `density` on average over its heads.
+
+    Raises:
+        ValueError: density outside (0, 1], or an unknown precision.
+        PlanError: a density below what text blocks and one block per row need.
+    """
+    check_density(density)
+    chosen = Precision.parse(precision)
+    sums = statistics.block_sums
+    required = text_blocks(statistics.grid)
+    masks = torch.stack([torch.stack([select_blocks(layer, density, required) for layer in step]) for step in sums])
+    table, index = torch.unique(pack_bits(masks).flatten(0, 2), dim=0, return_inverse=True)
+    buckets, layers, heads = sums.shape[:3]
+    return Plan(
+        model=statistics.model,
+        grid=statistics.grid,
+        order_names=statistics.order_names,
+        order_index=statistics.order_index,
+        precisions=(chosen,),
+        precision_index=torch.zeros(layers, heads, dtype=torch.uint8),
+        bucket_edges=statistics.bucket_edges,
+        mask_table=table,
+        mask_index=index.view(buckets, layers, heads).to(torch.int32),
+        compensate=torch.zeros(buckets, layers, heads, dtype=torch.bool),
+        provenance={**statistics.provenance, "density": density},
+    )
+
+
+def check_density(density: float) -> None:
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density is {density!r}; expected a number above 0, up to 1")
+
+
+def step_bucket_edges(num_steps: int, most: int) -> tuple[float, ...]:
+    """Bucket edges for a schedule: the steps of the first half apart, the second half shared (paper, section 4.2).
+
+    Args:
+        num_steps: steps of the schedule that calibration runs.
+        most: the most buckets allowed; the first half is then cut into `most - 1` equal parts.
+
+    Example:
+        >>> step_bucket_edges(8, most=10)
+        (0.0, 0.125, 0.25, 0.375, 0.5)
+    """
+    if most < 1:
+        raise ValueError(f"step_buckets is {most}; expected at least 1")
+    early = min(most - 1, (num_steps + 1) // 2)
+    if num_steps < 2 or early < 1:
+        return (0.0,)
+    return (*(0.5 * part / early for part in range(early)), 0.5)

@@ -1,0 +1,386 @@
+"""The command line: reads arguments, calls the package, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from paroattn.plan import Plan
+
+_DEMO_PAIRS = 2
+_DENSITIES = (0.5, 0.3, 0.2)
+
+
+class _OneLineErrors(click.Group):
+    """Bad input ends with one line on stderr and exit code 2, without a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(2)
+        except click.Abort:
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+        except (click.ClickException, ValueError, OSError) as error:
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            sys.exit(2)
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _options(*decorators: Any) -> Any:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_model_options = _options(
+    click.option(
+        "--model",
+        default="moving-digits",
+        show_default=True,
+        help="The bundled model's name, a diffusers pipeline folder, or a Hub name.",
+    ),
+    click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one."),
+    click.option("--height", type=int, help="Frame height in pixels; default: the model's."),
+    click.option("--width", type=int, help="Frame width in pixels; default: the model's."),
+    click.option("--frames", "num_frames", type=int, help="Number of frames; default: the model's."),
+    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps; default: the model's."),
+    click.option("--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."),
+)
+_backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+_seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
+
+
+def _load(model: str, device: str | None, **changes: Any) -> Any:
+    from diffusers.utils import logging as diffusers_logging
+
+    from paroattn.integrations.video_model import load_video_model
+
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    return load_video_model(model, device=device, **changes)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="paroattn")
+def main() -> None:
+    """Faster attention for visual diffusion transformers: reordered tokens, skipped blocks, low precision."""
+
+
+@main.command(
+    epilog=_examples("paroattn demo", "paroattn demo --output-dir runs/first --steps 8"),
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="runs/demo",
+    show_default=True,
+    help="Where report.html, records.jsonl and the plan are written.",
+)
+@_model_options
+@_backend_option
+@_json_option
+def demo(output_dir: Path, as_json: bool, backend: str, **model_arguments: Any) -> None:
+    """Calibrate on two prompts, generate two others with full and PARO attention, and compare.
+
+    Writes report.html with the videos side by side. Takes some minutes on a CPU.
+    """
+    model = _load(**model_arguments)
+    calibration, pairs = _prompts(model, (), (), _DEMO_PAIRS)
+    _compare(model, calibration, pairs, _DENSITIES, (0.3,), (0.3,), output_dir, backend, as_json)
+
+
+@main.command(
+    epilog=_examples(
+        "paroattn evaluate --output-dir runs/full",
+        "paroattn evaluate --plan mine.safetensors --pairs 4",
+        "paroattn evaluate --model folder --calibration-prompt 'a cat' --prompt 'a dog' --prompt 'a harbour'",
+    ),
+)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Plan file to evaluate instead of calibrating; repeatable.",
+)
+@click.option(
+    "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
+)
+@click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101.")
+@click.option("--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable.")
+@click.option(
+    "--density",
+    "densities",
+    multiple=True,
+    type=float,
+    default=_DENSITIES,
+    show_default=True,
+    help="Densities with and without token orders; repeatable.",
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="runs/evaluate",
+    show_default=True,
+    help="Where report.html, records.jsonl and the plans are written.",
+)
+@_model_options
+@_backend_option
+@_json_option
+def evaluate(
+    plans: tuple[Path, ...],
+    pair_count: int,
+    prompts: tuple[str, ...],
+    calibration_prompts: tuple[str, ...],
+    densities: tuple[float, ...],
+    output_dir: Path,
+    as_json: bool,
+    backend: str,
+    **model_arguments: Any,
+) -> None:
+    """Measure how close PARO attention stays to full attention: the full matrix, or given plans."""
+    loaded = [Plan.load(path) for path in plans]
+    model = _load(**model_arguments)
+    calibration, pairs = _prompts(model, calibration_prompts, prompts, pair_count, need_calibration=not plans)
+    if not plans:
+        _compare(model, calibration, pairs, densities, densities, (0.3,), output_dir, backend, as_json)
+        return
+
+    from paroattn.evaluation.pairs import Variant, evaluate_variants
+
+    variants = [Variant(path.stem, plan) for path, plan in zip(plans, loaded, strict=True)]
+    _finish(model, evaluate_variants(model, variants, pairs, backend=backend), None, output_dir, as_json)
+
+
+@main.command(
+    epilog=_examples(
+        "paroattn calibrate --prompt 'a slow red two over the cat' --density 0.3 --output digits.safetensors",
+        "paroattn calibrate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt 'a cat' --output wan.safetensors",
+    ),
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Prompt to calibrate on; repeatable. Default: the bundled ones."
+)
+@click.option("--density", type=float, default=0.3, show_default=True, help="Share of blocks to compute, in (0, 1].")
+@click.option(
+    "--precision", default="exact", show_default=True, help="exact, bf16, int8, int4, or qk/pv such as int8/bf16."
+)
+@click.option("--step-buckets", type=click.IntRange(min=1), default=10, show_default=True, help="Most step buckets.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="plan.safetensors",
+    show_default=True,
+    help="Plan file.",
+)
+@_seed_option
+@_model_options
+def calibrate(
+    prompts: tuple[str, ...],
+    density: float,
+    precision: str,
+    step_buckets: int,
+    output: Path,
+    seed: int,
+    **model_arguments: Any,
+) -> None:
+    """Find token orders and block masks of a model and write them to a plan file."""
+    from paroattn.calibration.select import check_density
+    from paroattn.integrations.calibrate import calibrate as calibrate_pipeline
+    from paroattn.quantize import Precision
+
+    check_density(density)
+    Precision.parse(precision)
+    model = _load(**model_arguments)
+    calibration, _ = _prompts(model, prompts, ("unused",), 1)
+    plan = calibrate_pipeline(
+        model.pipe,
+        [model.call_arguments(prompt) for prompt in calibration],
+        prompt_texts=calibration,
+        density=density,
+        precision=precision,
+        seed=seed,
+        step_buckets=step_buckets,
+    )
+    plan.save(output)
+    click.echo(f"wrote {output}: density {plan.density():.3f}, {plan.mask_table.shape[0]} masks, grid {plan.grid}")
+
+
+@main.command(
+    epilog=_examples(
+        "paroattn generate --prompt 'a slow red two over the cat' --plan digits.safetensors --output two.mp4",
+        "paroattn generate --prompt 'a slow red two over the cat' --precision int8 --output two.webp",
+    ),
+)
+@click.option("--prompt", required=True, help="What to generate.")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan file; default: full attention.")
+@click.option("--precision", help="Without a plan: compute all blocks in this precision.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="video.mp4",
+    show_default=True,
+    help="Video file: .mp4, .webp or .gif.",
+)
+@_seed_option
+@_model_options
+@_backend_option
+def generate(
+    prompt: str,
+    plan_path: Path | None,
+    precision: str | None,
+    output: Path,
+    seed: int,
+    backend: str,
+    **model_arguments: Any,
+) -> None:
+    """Generate a video, with a plan or with full attention."""
+    from contextlib import nullcontext
+
+    from paroattn.integrations.apply import apply
+    from paroattn.video import check_video_path, save_video
+
+    check_video_path(output)
+    plan = Plan.load(plan_path) if plan_path else None
+    model = _load(**model_arguments)
+    applied = apply(model.pipe, plan, precision=precision, backend=backend) if plan or precision else nullcontext()
+    with applied:
+        frames = model.generate(prompt, seed)
+    save_video(frames, output, model.settings.fps)
+    click.echo(f"wrote {output}: {len(frames)} frames of {frames.shape[3]} x {frames.shape[2]} pixels")
+
+
+@main.command(epilog=_examples("paroattn inspect plan.safetensors", "paroattn inspect plan.safetensors --json"))
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what a plan file holds."""
+    plan = Plan.load(path)
+    facts = {
+        "model": f"{plan.model.class_name}, {plan.model.layers} layers of {plan.model.heads} heads, "
+        f"head_dim {plan.model.head_dim}",
+        "grid": str(plan.grid),
+        "density": round(plan.density(), 6),
+        "visual density": round(plan.density(visual_only=True), 6),
+        "precisions": [str(precision) for precision in plan.precisions],
+        "step buckets start at": list(plan.bucket_edges),
+        "masks": plan.mask_table.shape[0],
+        "blocks": f"{plan.block_q} x {plan.block_kv}",
+        "size in bytes": path.stat().st_size,
+        "calibration": dict(plan.provenance),
+    }
+    orders = [[plan.order_names[index] for index in layer] for layer in plan.order_index.tolist()]
+    densities = plan.densities().mean(0).tolist()
+    if as_json:
+        click.echo(json.dumps({**facts, "orders": orders, "head densities": densities}, indent=2))
+        return
+    console = Console()
+    table = Table(show_header=False, title=str(path))
+    for name, value in facts.items():
+        shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        table.add_row(name, shown)
+    console.print(table)
+    heads = Table("layer", *(f"head {head}" for head in range(plan.model.heads)), title="token order and density")
+    for number, (names, layer) in enumerate(zip(orders, densities, strict=True)):
+        heads.add_row(str(number), *(f"{name} {density:.3f}" for name, density in zip(names, layer, strict=True)))
+    console.print(heads)
+
+
+def _prompts(
+    model: Any,
+    calibration: tuple[str, ...],
+    prompts: tuple[str, ...],
+    pair_count: int,
+    need_calibration: bool = True,
+) -> tuple[list[str], list[tuple[str, int]]]:
+    """Prompts to calibrate on and pairs to evaluate, the bundled model's own where none are given."""
+    examples = model.examples or {"calibration_prompts": [], "evaluation_pairs": []}
+    chosen = list(calibration) or examples["calibration_prompts"]
+    pairs = [(prompt, 101 + number) for number, prompt in enumerate(prompts)]
+    pairs = pairs or [(prompt, seed) for prompt, seed in examples["evaluation_pairs"]]
+    if need_calibration and not chosen:
+        raise click.UsageError("this model brings no prompts; give prompts to calibrate on")
+    if not pairs:
+        raise click.UsageError("this model brings no prompts to evaluate on; give them with `evaluate --prompt`")
+    return chosen, pairs[:pair_count]
+
+
+def _compare(
+    model: Any,
+    calibration: Sequence[str],
+    pairs: Sequence[tuple[str, int]],
+    densities: Sequence[float],
+    without_orders_at: Sequence[float],
+    int8_at: Sequence[float],
+    output_dir: Path,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Calibrate, evaluate the variants, write plans and report."""
+    from paroattn.calibration.select import check_density
+    from paroattn.evaluation.pairs import evaluate_variants, variants_of
+    from paroattn.integrations.calibrate import collect_statistics
+
+    for density in densities:
+        check_density(density)
+    for prompt, _ in pairs:
+        model.call_arguments(prompt)  # unknown words are found before minutes of calibration
+    arguments = [model.call_arguments(prompt) for prompt in calibration]
+    reordered, original = collect_statistics(model.pipe, arguments, prompt_texts=calibration, with_original_order=True)
+    variants = variants_of(reordered, original, densities, without_orders_at, int8_at)
+    for variant in variants:
+        variant.plan.save(output_dir / "plans" / f"{variant.name.lower().replace(' ', '-')}.safetensors")
+    evaluation = evaluate_variants(model, variants, pairs, backend=backend)
+    _finish(model, evaluation, (reordered, original), output_dir, as_json)
+
+
+def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_json: bool) -> None:
+    """Write records and report, print the table."""
+    from paroattn.evaluation.records import evaluation_records, write_records
+    from paroattn.evaluation.report import write_report
+
+    records = evaluation_records(model, evaluation)
+    write_records(records, output_dir / "records.jsonl")
+    write_report(output_dir / "report.html", model, evaluation, statistics)
+    if as_json:
+        click.echo(json.dumps(records, indent=2))
+        return
+    pairs = len(evaluation.pairs)
+    table = Table("variant", title=f"closeness to full attention over {pairs} prompt/seed pairs, mean ± spread")
+    for column in ("density", "PSNR (dB)", "SSIM", "cosine similarity"):
+        table.add_column(column, justify="right")
+    for result in evaluation.results:
+        table.add_row(
+            result.variant.name,
+            f"{result.variant.plan.density():.3f}",
+            f"{result.mean('psnr'):.2f} ± {result.spread('psnr'):.2f}",
+            f"{result.mean('ssim'):.4f} ± {result.spread('ssim'):.4f}",
+            f"{result.mean('cosine'):.4f} ± {result.spread('cosine'):.4f}",
+        )
+    console = Console()
+    console.print(table)
+    by_name = {result.variant.name: result for result in evaluation.results}
+    for name, result in by_name.items():
+        other = by_name.get(name.replace("PARO", "without orders"))
+        if pairs > 1 and other is not None and other is not result:
+            gain, error = result.gain_over(other)
+            console.print(f"{name} over {other.variant.name}: {gain:+.2f} dB, standard error {error:.2f}")
+    console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Evaluation: paired runs with full and with PARO attention, metrics, records and the HTML report."""

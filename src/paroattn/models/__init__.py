@@ -1,0 +1,10 @@
+"""The bundled small models and what belongs to them: weights, prompt vocabulary, pixel folding."""
+
+from pathlib import Path
+
+BUNDLED = ("moving-digits",)
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a bundled model, in diffusers' pipeline format."""
+    return Path(__file__).parent / name.replace("-", "_")

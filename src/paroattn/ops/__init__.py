@@ -1,0 +1,6 @@
+"""The attention operator: one door (`attention`, `prepare`), several backends behind it."""
+
+from paroattn.ops.attention import attention
+from paroattn.ops.prepared import PreparedAttention, prepare
+
+__all__ = ["PreparedAttention", "attention", "prepare"]

@@ -1,0 +1,122 @@
+"""Attention prepared once for a layer of a plan, then called with tensors only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import BlockMask
+from paroattn.ops.attention import TensorLayout, check_layout, check_tensors, checked_scale
+from paroattn.ops.backends import load_backend
+from paroattn.order import check_permutation
+from paroattn.plan import LayerPlan
+
+
+def prepare(
+    layer_plan: LayerPlan,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    tensor_layout: TensorLayout = "NHD",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> PreparedAttention:
+    """Move a layer's part of a plan to a device and check it there, once.
+
+    Args:
+        layer_plan: from `Plan.layer`.
+        device, dtype: of the tensors that calls will bring.
+        tensor_layout: "NHD" [B, N, H, D] or "HND" [B, H, N, D].
+        scale: factor of the logits; default 1 / sqrt(D).
+        backend: "auto" or a backend's name.
+
+    Returns:
+        An operator: `op(query, key, value, step=bucket)`.
+
+    Raises:
+        ValueError: an unknown layout or backend, or a precision the backend does not have.
+
+    Example:
+        >>> op = prepare(LayerPlan(precisions=(Precision(),) * 2), device="cpu", dtype=torch.float32)
+        >>> query = torch.randn(1, 100, 2, 64)
+        >>> op(query, query, query, step=torch.tensor(0)).shape
+        torch.Size([1, 100, 2, 64])
+    """
+    return PreparedAttention(layer_plan, torch.device(device), dtype, tensor_layout, scale, backend)
+
+
+class PreparedAttention:
+    """The operator that `prepare` returns."""
+
+    def __init__(
+        self,
+        layer_plan: LayerPlan,
+        device: torch.device,
+        dtype: torch.dtype,
+        tensor_layout: TensorLayout,
+        scale: float | None,
+        backend: str,
+    ):
+        check_layout(tensor_layout)
+        if layer_plan.permutation is not None and layer_plan.tokens is not None:
+            check_permutation(layer_plan.permutation, layer_plan.heads, layer_plan.tokens)
+        self.layer_plan = layer_plan
+        self.dtype = dtype
+        self.tensor_layout = tensor_layout
+        self.scale = scale
+        self._backend = load_backend(backend, layer_plan.precisions)
+        self._permutation = _moved(layer_plan.permutation, device)
+        self._mask_table = _moved(layer_plan.mask_table, device)
+        self._mask_index = _moved(layer_plan.mask_index, device)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, step: Tensor, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query, key, value: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"), of the prepared dtype and device.
+            step: 0-dim integer tensor on that device: the step bucket (`Plan.bucket_of`), which selects the masks.
+            key_mask: bool [B, N] in input order, False for padding.
+
+        Returns:
+            The output, shaped like query.
+        """
+        if self.tensor_layout == "NHD":
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        check_tensors(query, key, value, key_mask)
+        self._check_shape(query)
+        plan = self.layer_plan
+        block_mask, compensate = None, [False] * plan.heads
+        if self._mask_table is not None and self._mask_index is not None:
+            bits = self._mask_table[self._mask_index[step.long()].long()]
+            block_mask = BlockMask(bits, query.shape[2], plan.block_q, plan.block_kv)
+        if plan.compensate is not None:
+            compensate = plan.compensate[int(step)].tolist()
+        output, _ = self._backend.attend(
+            query,
+            key,
+            value,
+            permutation=self._permutation,
+            block_mask=block_mask,
+            precisions=plan.precisions,
+            compensate=compensate,
+            key_mask=key_mask,
+            scale=checked_scale(self.scale, query.shape[3]),
+        )
+        return output.transpose(1, 2) if self.tensor_layout == "NHD" else output
+
+    def _check_shape(self, query: Tensor) -> None:
+        plan = self.layer_plan
+        if query.dtype != self.dtype:
+            raise ValueError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
+        if query.shape[1] != plan.heads or (plan.tokens is not None and query.shape[2] != plan.tokens):
+            expected = "any number of" if plan.tokens is None else f"{plan.tokens:,}"
+            raise ValueError(
+                f"query has {query.shape[1]} heads and {query.shape[2]:,} tokens; this operator was prepared for "
+                f"{plan.heads} heads and {expected} tokens"
+            )
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -1,0 +1,313 @@
+"""Plans: what calibration found for one model, validated, immutable, kept in one safetensors file.
+
+Format version 0: free to change until it is declared stable. See docs/plan-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paroattn.block_mask import block_count, text_blocks, unpack_bits
+from paroattn.errors import PlanError
+from paroattn.files import write_atomically
+from paroattn.grid import TokenGrid
+from paroattn.order import token_order
+from paroattn.quantize import Precision
+
+FORMAT_VERSION = 0
+FILE_NAME = "paroattn_plan.safetensors"
+_HEADER_KEY = "paroattn_plan"
+_TENSOR_DTYPES = {
+    "order_index": torch.uint8,
+    "precision_index": torch.uint8,
+    "mask_table": torch.uint8,
+    "mask_index": torch.int32,
+    "compensate": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a plan remembers of its model, compared with the model at hand when the plan is applied."""
+
+    class_name: str
+    config_hash: str
+    layers: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """A plan's part for one layer, the input of `paroattn.prepare`.
+
+    Attributes:
+        precisions: one per head; their number is the number of heads.
+        permutation: int64 [H, N] or None for the model's own order.
+        mask_table: uint8 [unique masks, q blocks, ceil(kv blocks / 8)] or None for dense attention.
+        mask_index: int32 [step buckets, H] into mask_table, or None.
+        compensate: bool [step buckets, H], or None for nowhere.
+        tokens: sequence length N, or None for any.
+        block_q, block_kv: tokens per block.
+    """
+
+    precisions: tuple[Precision, ...]
+    permutation: Tensor | None = None
+    mask_table: Tensor | None = None
+    mask_index: Tensor | None = None
+    compensate: Tensor | None = None
+    tokens: int | None = None
+    block_q: int = 64
+    block_kv: int = 64
+
+    @property
+    def heads(self) -> int:
+        return len(self.precisions)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Token orders, block masks and precisions of one model at one grid; lives on the CPU.
+
+    Attributes:
+        model: the model the plan was made for.
+        grid: the token grid it was made for.
+        order_names: distinct token orders used, see `paroattn.order.token_order`.
+        order_index: uint8 [layers, heads] into order_names.
+        precisions: distinct precisions used.
+        precision_index: uint8 [layers, heads] into precisions.
+        bucket_edges: where each step bucket starts, as a fraction of the schedule; ascending from 0.
+        mask_table: uint8 [unique masks, q blocks, ceil(kv blocks / 8)], see `paroattn.block_mask.pack_bits`.
+        mask_index: int32 [step buckets, layers, heads] into mask_table.
+        compensate: bool [step buckets, layers, heads], whether skipped blocks are approximated by their means.
+        provenance: how it was calibrated; JSON values.
+        block_q, block_kv: tokens per block.
+
+    Raises:
+        PlanError: any part that does not fit the others; the message names it.
+
+    Example:
+        >>> plan = paroattn.calibrate(pipe, prompts=["a cat"], density=0.3)     # doctest: +SKIP
+        >>> plan.save("cat.safetensors"); paroattn.Plan.load("cat.safetensors")  # doctest: +SKIP
+    """
+
+    model: ModelIdentity
+    grid: TokenGrid
+    order_names: tuple[str, ...]
+    order_index: Tensor
+    precisions: tuple[Precision, ...]
+    precision_index: Tensor
+    bucket_edges: tuple[float, ...]
+    mask_table: Tensor
+    mask_index: Tensor
+    compensate: Tensor
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    block_q: int = 64
+    block_kv: int = 64
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def buckets(self) -> int:
+        return len(self.bucket_edges)
+
+    def densities(self, *, visual_only: bool = False) -> Tensor:
+        """Kept blocks over all blocks, float64 [step buckets, layers, heads]; `visual_only` leaves text blocks out."""
+        masks = unpack_bits(self.mask_table, block_count(self.grid.tokens, self.block_kv))
+        counted = torch.ones_like(masks[0])
+        if visual_only:
+            counted = ~text_blocks(self.grid, self.block_q, self.block_kv)
+        per_mask = masks[:, counted].double().mean(-1)
+        return per_mask[self.mask_index.long()]
+
+    def density(self, *, visual_only: bool = False) -> float:
+        """Mean of `densities` over layers, heads and the schedule (buckets weighted by their length)."""
+        lengths = torch.tensor([*self.bucket_edges, 1.0], dtype=torch.float64).diff()
+        return float((self.densities(visual_only=visual_only).mean((1, 2)) * lengths).sum())
+
+    def bucket_of(self, step: int, num_steps: int) -> int:
+        """Step bucket of denoising step `step` (from 0) in a schedule of `num_steps` steps."""
+        return bucket_of(self.bucket_edges, step, num_steps)
+
+    def layer(self, index: int) -> LayerPlan:
+        """The part of layer `index`."""
+        orders = torch.stack([token_order(name, self.grid) for name in self.order_names])
+        return LayerPlan(
+            precisions=tuple(self.precisions[i] for i in self.precision_index[index].tolist()),
+            permutation=orders[self.order_index[index].long()],
+            mask_table=self.mask_table,
+            mask_index=self.mask_index[:, index],
+            compensate=self.compensate[:, index],
+            tokens=self.grid.tokens,
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to one safetensors file, whole or not at all."""
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSOR_DTYPES}
+        header = {
+            "version": FORMAT_VERSION,
+            "model": asdict(self.model),
+            "grid": asdict(self.grid),
+            "order_names": self.order_names,
+            "precisions": [str(precision) for precision in self.precisions],
+            "bucket_edges": self.bucket_edges,
+            "block_q": self.block_q,
+            "block_kv": self.block_kv,
+            "provenance": dict(self.provenance),
+        }
+        header["digest"] = _digest(header, tensors)
+        metadata = {_HEADER_KEY: json.dumps(header, sort_keys=True)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read and validate a plan file.
+
+        Raises:
+            PlanError: no such file, truncated, not a plan, changed after it was written, or inconsistent.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"plan file {str(path)!r} does not exist; make one with `paroattn calibrate`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise PlanError(
+                f"{str(path)!r} is not a readable safetensors file ({error}); it may be truncated: copy or make it anew"
+            ) from error
+        try:
+            return _from_file(metadata, tensors)
+        except PlanError as error:
+            raise PlanError(f"{str(path)!r}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, repo: str | os.PathLike[str], **download_arguments: Any) -> Plan:
+        """Load a plan from a folder, or from a Hub repository through `huggingface_hub.hf_hub_download`."""
+        if Path(repo).is_dir():
+            return cls.load(Path(repo) / FILE_NAME)
+        from huggingface_hub import hf_hub_download
+
+        return cls.load(hf_hub_download(str(repo), FILE_NAME, **download_arguments))
+
+    def push_to_hub(self, repo: str, **upload_arguments: Any) -> None:
+        """Upload the plan to a Hub repository through `huggingface_hub.HfApi.upload_file`."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / FILE_NAME
+            self.save(path)
+            HfApi().upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=repo, **upload_arguments)
+
+
+def bucket_of(edges: tuple[float, ...], step: int, num_steps: int) -> int:
+    """Index of the last bucket edge that is not after `step / num_steps`."""
+    fraction = step / num_steps + 1e-9  # edges such as 1/3 must not lose their own step to rounding
+    return max(index for index, edge in enumerate(edges) if edge <= fraction)
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the header without its digest and the bytes of the tensors."""
+    content = {key: value for key, value in header.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Plan:
+    if _HEADER_KEY not in metadata:
+        raise PlanError(f"no header {_HEADER_KEY!r}: this is some other safetensors file, not a plan")
+    try:
+        header = json.loads(metadata[_HEADER_KEY])
+        version = header["version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PlanError(f"the plan's header cannot be read ({error!r}); make the plan anew") from error
+    if version != FORMAT_VERSION:
+        raise PlanError(f"plan format version is {version!r}; this paroattn reads {FORMAT_VERSION}. Calibrate again.")
+    if set(tensors) != set(_TENSOR_DTYPES):
+        raise PlanError(f"tensors are {sorted(tensors)}; expected {sorted(_TENSOR_DTYPES)}")
+    if header.get("digest") != _digest(header, tensors):
+        raise PlanError("the content does not match its checksum: the file was changed after it was written")
+    try:
+        return Plan(
+            model=ModelIdentity(**header["model"]),
+            grid=TokenGrid(**header["grid"]),
+            order_names=tuple(header["order_names"]),
+            precisions=tuple(Precision.parse(name) for name in header["precisions"]),
+            bucket_edges=tuple(header["bucket_edges"]),
+            block_q=header["block_q"],
+            block_kv=header["block_kv"],
+            provenance=header["provenance"],
+            **tensors,
+        )
+    except PlanError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan's header is incomplete or wrong: {error}") from error
+
+
+def _validate(plan: Plan) -> None:
+    layers, heads, buckets = plan.model.layers, plan.model.heads, len(plan.bucket_edges)
+    if plan.block_q not in (64, 128) or plan.block_kv != 64:
+        raise PlanError(f"blocks are {plan.block_q} x {plan.block_kv}; expected 64 x 64 or 128 x 64")
+    rows = block_count(plan.grid.tokens, plan.block_q)
+    columns = block_count(plan.grid.tokens, plan.block_kv)
+    masks = plan.mask_table.shape[0] if plan.mask_table.ndim else 0
+    shapes = {
+        "order_index": (layers, heads),
+        "precision_index": (layers, heads),
+        "mask_table": (max(masks, 1), rows, -(-columns // 8)),
+        "mask_index": (buckets, layers, heads),
+        "compensate": (buckets, layers, heads),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(plan, name)
+        if tensor.dtype != _TENSOR_DTYPES[name] or tuple(tensor.shape) != shape:
+            raise PlanError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {_TENSOR_DTYPES[name]} {list(shape)} for "
+                f"{layers} layers, {heads} heads, {buckets} step buckets and grid {plan.grid}"
+            )
+    for name, length in (("order", len(plan.order_names)), ("precision", len(plan.precisions)), ("mask", masks)):
+        index = getattr(plan, f"{name}_index")
+        if int(index.min()) < 0 or int(index.max()) >= length:
+            raise PlanError(
+                f"{name}_index ranges from {int(index.min())} to {int(index.max())}; expected 0 to {length - 1}"
+            )
+    edges = plan.bucket_edges
+    if edges[0] != 0 or any(a >= b for a, b in zip(edges, (*edges[1:], 1.0), strict=True)):
+        raise PlanError(f"bucket_edges are {list(edges)}; expected an ascending list from 0 to below 1")
+    for order in plan.order_names:
+        try:
+            token_order(order, plan.grid)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+    _validate_masks(plan, columns)
+
+
+def _validate_masks(plan: Plan, columns: int) -> None:
+    if columns % 8 and bool((plan.mask_table[..., -1] >> (columns % 8)).any()):
+        raise PlanError(f"mask_table has bits beyond its {columns} kv blocks")
+    dense = unpack_bits(plan.mask_table, columns)
+    empty = (~dense.any(-1)).nonzero()
+    if len(empty):
+        raise PlanError(f"mask {int(empty[0, 0])} keeps no block in row {int(empty[0, 1])}; every row needs one")
+    if not bool(dense[:, text_blocks(plan.grid, plan.block_q, plan.block_kv)].all()):
+        raise PlanError("a mask skips a block that touches text tokens; those are always computed")

@@ -1,0 +1,120 @@
+"""Low precision in plain PyTorch: what INT8 and INT4 attention compute, scales and rounding included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NumberFormat = Literal["exact", "bf16", "int8", "int4", "fp8"]
+FORMATS = ("exact", "bf16", "int8", "int4", "fp8")
+GROUP = 64  # tokens of q and of k that share one scale, whatever the block size of the mask
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of the two products of attention.
+
+    Attributes:
+        qk: format of query and key in QK^T.
+        pv: format of the attention probabilities and the value in PV.
+
+    "exact" is float32 arithmetic (16-bit products with float32 sums for bfloat16 input), "bf16" rounds the operands to
+    bfloat16, "int8" and "int4" quantise them (paper, section 4.3), "fp8" exists where a backend has it.
+
+    Example:
+        >>> Precision.parse("int8")
+        Precision(qk='int8', pv='int8')
+    """
+
+    qk: NumberFormat = "exact"
+    pv: NumberFormat = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("qk", "pv"):
+            if getattr(self, name) not in FORMATS:
+                raise ValueError(f"precision {name} is {getattr(self, name)!r}; expected one of {', '.join(FORMATS)}")
+
+    @classmethod
+    def parse(cls, value: str | Precision) -> Precision:
+        """A `Precision`, or one format name for both products, or "qk/pv" as `str(precision)` writes it."""
+        if isinstance(value, Precision):
+            return value
+        if not isinstance(value, str):
+            raise ValueError(f"precision is {value!r}; expected a Precision or one of {', '.join(FORMATS)}")
+        qk, _, pv = value.partition("/")
+        return cls(qk, pv or qk)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return self.qk if self.qk == self.pv else f"{self.qk}/{self.pv}"
+
+
+@dataclass(frozen=True)
+class PQuantization:
+    """How a backend scales the probabilities P before rounding; P is relative to the row maximum found so far.
+
+    Attributes:
+        per_block: one scale per block (block_q x block_kv) from its largest entry, as the paper has it; otherwise the
+            fixed scale 1, which P never exceeds.
+        steps: largest integer for 8 bits, 255 (unsigned) or 127 (signed); 4 bits use 15 or 7 accordingly.
+    """
+
+    per_block: bool = True
+    steps: Literal[127, 255] = 255
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers held in floating point, with the scale that turns them back: `values * scale`."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def is_integer(number_format: str) -> bool:
+    return number_format in _BITS
+
+
+def quantize_tokens(x: Tensor, number_format: NumberFormat) -> Quantized:
+    """Round x [B, N, D] to a format; integers get one symmetric scale per group of `GROUP` tokens.
+
+    Returns:
+        values [B, N, D] and scale [B, N, 1] (repeated inside a group; 1 for the floating-point formats).
+    """
+    if not is_integer(number_format):
+        return Quantized(round_to(x, number_format), torch.ones_like(x[..., :1]))
+    groups = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % GROUP)).unflatten(-2, (-1, GROUP))
+    scale = _symmetric_scale(groups.abs().amax((-2, -1), keepdim=True), number_format)
+    per_token = scale.expand(*groups.shape[:-1], 1).flatten(-3, -2)[..., : x.shape[-2], :]
+    return Quantized((x / per_token).round(), per_token)
+
+
+def quantize_channels(x: Tensor, number_format: NumberFormat) -> Quantized:
+    """Round x [B, N, D] to a format; integers get one scale per channel: values [B, N, D], scale [B, 1, D]."""
+    if not is_integer(number_format):
+        return Quantized(round_to(x, number_format), torch.ones_like(x[..., :1, :]))
+    scale = _symmetric_scale(x.abs().amax(-2, keepdim=True), number_format)
+    return Quantized((x / scale).round(), scale)
+
+
+def quantize_probabilities(p: Tensor, number_format: NumberFormat, how: PQuantization) -> Quantized:
+    """Round P [B, rows, blocks, block_kv], values in [0, 1]: same shape, scale [B, 1, blocks, 1]."""
+    if not is_integer(number_format):
+        return Quantized(round_to(p, number_format), torch.ones_like(p[:, :1, :, :1]))
+    steps = how.steps if number_format == "int8" else how.steps // 16
+    largest = p.amax((1, 3), keepdim=True) if how.per_block else torch.ones_like(p[:, :1, :, :1])
+    scale = torch.where(largest > 0, largest, 1) / steps
+    return Quantized((p / scale).round().clamp(max=steps), scale)
+
+
+def round_to(x: Tensor, number_format: NumberFormat) -> Tensor:
+    """X after one rounding to a floating-point format, in x's dtype."""
+    return x.to(torch.bfloat16).to(x.dtype) if number_format == "bf16" else x
+
+
+def _symmetric_scale(largest: Tensor, number_format: NumberFormat) -> Tensor:
+    steps = 2 ** (_BITS[number_format] - 1) - 1
+    return torch.where(largest > 0, largest, 1) / steps
