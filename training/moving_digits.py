@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from skimage import data as skimage_data
+from skimage.filters import gaussian
 from skimage.transform import resize
 from sklearn import datasets
 from torch import Tensor
@@ -46,21 +47,26 @@ def _photographs() -> dict[str, np.ndarray]:
 
 
 class MovingDigits:
-    """Draws (video, prompt) pairs."""
+    """Draws (video, prompt) pairs.
 
-    def __init__(self) -> None:
-        self.photographs = {name: self._prepare(image) for name, image in _photographs().items()}
+    Args:
+        blur: standard deviation in pixels of the blur that puts the photographs out of focus; digits stay sharp.
+    """
+
+    def __init__(self, blur: float) -> None:
+        self.photographs = {name: self._prepare(image, blur) for name, image in _photographs().items()}
         digits = datasets.load_digits()
         self.scans = torch.from_numpy(digits.images / 16.0).float()  # [1797, 8, 8]
         self.labels = torch.from_numpy(digits.target)
 
     @staticmethod
-    def _prepare(image: np.ndarray) -> Tensor:
+    def _prepare(image: np.ndarray, blur: float) -> Tensor:
         """Scale a photograph to 192 pixels on its shorter side: [1, 3, h, w] in [0, 1]."""
         height, width = image.shape[:2]
         factor = 192 / min(height, width)
         shape = (round(height * factor), round(width * factor), 3)
         scaled = resize(image.astype(np.float64) / 255, shape, anti_aliasing=True)
+        scaled = gaussian(scaled, blur, channel_axis=-1)
         return torch.from_numpy(scaled).float().permute(2, 0, 1).unsqueeze(0).clamp(0, 1)
 
     def sample(self, frames: int, generator: torch.Generator) -> tuple[Tensor, str]:

@@ -339,12 +339,15 @@ def _compare(
     from paroattn.evaluation.pairs import evaluate_variants, variants_of
     from paroattn.integrations.calibrate import collect_statistics
 
-    for density in densities:
+    all_densities = {*densities, *without_orders_at, *int8_at}
+    for density in all_densities:
         check_density(density)
     for prompt, _ in pairs:
         model.call_arguments(prompt)  # unknown words are found before minutes of calibration
     arguments = [model.call_arguments(prompt) for prompt in calibration]
-    reordered, original = collect_statistics(model.pipe, arguments, prompt_texts=calibration, with_original_order=True)
+    reordered, original = collect_statistics(
+        model.pipe, arguments, densities=sorted(all_densities), prompt_texts=calibration, with_original_order=True
+    )
     variants = variants_of(reordered, original, densities, without_orders_at, int8_at)
     for variant in variants:
         variant.plan.save(output_dir / "plans" / f"{variant.name.lower().replace(' ', '-')}.safetensors")

@@ -84,12 +84,8 @@ def select_blocks(block_sums: Tensor, density: float, required: Tensor) -> Tenso
     """
     forced = required.expand_as(block_sums).clone()
     forced.scatter_(-1, block_sums.argmax(-1, keepdim=True), True)
-    wanted, least = round(density * block_sums.numel()), int(forced.sum())
-    if wanted < least:
-        raise PlanError(
-            f"density {density:g} cannot be reached: text blocks and one block per row already need "
-            f"{least / block_sums.numel():.4f}. Ask for at least that."
-        )
+    wanted = round(density * block_sums.numel())
+    _check_reachable(density, wanted, forced)
     ranked = block_sums.masked_fill(forced, torch.inf).flatten().sort(descending=True, stable=True).indices
     kept = torch.zeros(block_sums.numel(), dtype=torch.bool)
     kept[ranked[:wanted]] = True
@@ -125,7 +121,23 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
     )
 
 
+def check_density_for(density: float, grid: TokenGrid) -> None:
+    """Raise `PlanError` for a density that no plan of this grid can have; found before anything is measured."""
+    forced = text_blocks(grid)
+    forced[~forced.any(-1), 0] = True
+    _check_reachable(density, round(density * forced.numel()), forced)
+
+
+def _check_reachable(density: float, wanted: int, forced: Tensor) -> None:
+    if wanted < int(forced.sum()):
+        raise PlanError(
+            f"density {density:g} cannot be reached: text blocks and one block per row already need "
+            f"{float(forced.double().mean()):.4f}. Ask for at least that."
+        )
+
+
 def check_density(density: float) -> None:
+    """Raise `ValueError` for what is no share of blocks."""
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ValueError(f"density is {density!r}; expected a number above 0, up to 1")
 

@@ -14,6 +14,7 @@ from paroattn.calibration.capture import BlockSums, OrderScores
 from paroattn.calibration.select import (
     CalibrationStatistics,
     check_density,
+    check_density_for,
     choose_orders,
     select_plan,
     step_bucket_edges,
@@ -74,11 +75,11 @@ def calibrate(
     Example:
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
-    check_density(density)
     Precision.parse(precision)
     statistics = collect_statistics(
         pipe,
         prompts,
+        densities=(density,),
         seed=seed,
         step_buckets=step_buckets,
         criterion=criterion,
@@ -94,6 +95,7 @@ def collect_statistics(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
+    densities: Sequence[float] = (),
     seed: int = 0,
     step_buckets: int = 10,
     criterion: OrderCriterion = OrderCriterion(),
@@ -105,14 +107,17 @@ def collect_statistics(
 ) -> list[CalibrationStatistics]:
     """The measuring part of `calibrate`: plans of several densities can be selected from one run.
 
-    Args: as `calibrate`; `with_original_order` also measures the model's own order, for comparison.
+    Args: as `calibrate`; `densities` are the ones plans will be selected for, checked as soon as the grid is known;
+        `with_original_order` also measures the model's own order, for comparison.
 
     Returns:
         Statistics in the chosen orders, then, if asked for, in the model's own order.
     """
     if isinstance(prompts, (str, Mapping)) or not prompts:
         raise ValueError(f"prompts is {prompts!r}; expected a list of at least one prompt")
-    run = _CalibrationRun(pipe, prompts, seed, call_arguments, progress)
+    for density in densities:
+        check_density(density)
+    run = _CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
     identity = identify(transformer_of(pipe))
 
     scores: list[OrderScores] = []
@@ -180,10 +185,17 @@ class _CalibrationRun:
     num_steps: int
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[Prompt], seed: int, call_arguments: Mapping[str, Any], progress: bool
+        self,
+        pipe: Any,
+        prompts: Sequence[Prompt],
+        densities: Sequence[float],
+        seed: int,
+        call_arguments: Mapping[str, Any],
+        progress: bool,
     ):
         self._pipe = pipe
         self._prompts = prompts
+        self._densities = densities
         self._seed = seed
         self._call_arguments = call_arguments
         self._progress = progress
@@ -198,6 +210,8 @@ class _CalibrationRun:
             def check_grid(grid: TokenGrid) -> None:
                 if getattr(self, "grid", grid) != grid:
                     raise ValueError(f"prompts give different token grids: {self.grid}, then {grid}")
+                for density in self._densities:
+                    check_density_for(density, grid)
                 self.grid = grid
                 self.num_steps = attachment.schedule.num_steps
 

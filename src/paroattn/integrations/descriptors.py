@@ -59,13 +59,14 @@ def attention_modules(transformer: nn.Module, descriptor: ModelDescriptor) -> li
 
 def identify(transformer: nn.Module) -> ModelIdentity:
     """The identity that plans are checked against; weights do not count, so fine-tunes can share plans."""
+    descriptor = describe(transformer)
     config: Any = transformer.config
     public = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
     return ModelIdentity(
         class_name=type(transformer).__name__,
         config_hash=digest,
-        layers=len(attention_modules(transformer, describe(transformer))),
+        layers=len(attention_modules(transformer, descriptor)),
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim,
     )

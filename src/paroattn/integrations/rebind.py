@@ -36,7 +36,7 @@ def rebind(processor: Any, intercept: Intercept) -> Any:
     """A copy of a diffusers attention processor whose attention call goes to `intercept`."""
     slot = _Slot(intercept, getattr(processor, "_attention_backend", None))
     rebound = copy.copy(processor)
-    rebound.__class__ = _rebound_class(type(processor))
+    rebound.__class__ = _rebound_class(type(processor))  # type: ignore[arg-type]
     rebound.__dict__.pop("_attention_backend", None)
     rebound.__dict__["_paroattn_slot"] = slot
     return rebound

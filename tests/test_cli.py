@@ -1,0 +1,122 @@
+"""The command line, on the bundled model at a small size."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from paroattn.cli import main
+from paroattn.plan import Plan
+
+SMALL = ["--frames", "3", "--steps", "2", "--device", "cpu"]
+PROMPT = "a slow red two over the cat"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def plan_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans") / "small.safetensors"
+    result = run("calibrate", "--prompt", PROMPT, "--density", "0.4", "--output", path, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "density 0.399" in result.output
+    return path
+
+
+def test_calibrate_writes_a_plan_that_inspect_shows(plan_path):
+    shown = run("inspect", plan_path)
+    assert shown.exit_code == 0
+    assert "3x16x16 (768 visual tokens)" in shown.output
+    facts = json.loads(run("inspect", plan_path, "--json").output)
+    assert facts["density"] == pytest.approx(0.4, abs=0.001)
+    assert facts["calibration"]["prompts"] == [PROMPT]
+    assert len(facts["orders"]) == Plan.load(plan_path).model.layers
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif"])
+def test_generate_writes_a_video_with_the_plan(plan_path, tmp_path, suffix):
+    path = tmp_path / f"video{suffix}"
+    result = run("generate", "--prompt", PROMPT, "--plan", plan_path, "--output", path, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "3 frames of 128 x 128 pixels" in result.output
+    assert path.stat().st_size > 500
+
+
+def test_evaluate_compares_given_plans(plan_path, tmp_path):
+    result = run("evaluate", "--plan", plan_path, "--pairs", "1", "--output-dir", tmp_path / "out", "--json", *SMALL)
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(result.stdout)
+    assert record["variant"] == "small"
+    assert 5 < record["psnr"] < 100
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_demo_prints_the_table_and_writes_the_report(tmp_path):
+    result = run("demo", "--output-dir", tmp_path / "demo", *SMALL)
+    assert result.exit_code == 0, result.output
+    for variant in ("PARO 0.5", "PARO 0.3", "PARO 0.2", "without orders", "INT8"):
+        assert variant in result.output
+    written = sorted(path.name for path in (tmp_path / "demo").iterdir())
+    assert written == ["plans", "records.jsonl", "report.html"]
+    html = (tmp_path / "demo" / "report.html").read_text()
+    assert "data:image/webp" in html
+    assert "data:image/png" in html
+    assert len(list((tmp_path / "demo" / "plans").iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "--density", "1.5"], "density is 1.5"),
+        (["calibrate", "--precision", "int3"], "int3"),
+        (["calibrate", "--model", "no-such-model"], "model 'no-such-model' does not exist"),
+        (["calibrate", "--prompt", "a purple zebra", *SMALL], "unknown words: purple, zebra"),
+        (["calibrate", "--density", "0.001", *SMALL], "density 0.001 cannot be reached"),
+        (["calibrate", "--bogus"], "No such option"),
+        (["generate"], "Missing option '--prompt'"),
+        (["generate", "--prompt", PROMPT, "--output", "video.avi"], "no known suffix"),
+        (["generate", "--prompt", PROMPT, "--plan", "missing.safetensors"], "does not exist"),
+        (["generate", "--prompt", PROMPT, "--precision", "int3", *SMALL], "int3"),
+        (["inspect", "missing.safetensors"], "does not exist"),
+        (["evaluate", "--density", "0", *SMALL], "density is 0"),
+        (["evaluate", "--prompt", "a purple zebra", *SMALL], "unknown words"),
+        (["bogus"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    error = [line for line in result.stderr.splitlines() if line and "calibration" not in line]
+    assert len(error) == 1
+    assert error[0].startswith("Error: ")
+    assert message in error[0]
+    assert "Traceback" not in result.output
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_plan_for_another_size_is_refused(plan_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", "--prompt", PROMPT, "--plan", plan_path, "--frames", "2", "--steps", "2")
+    assert result.exit_code == 2
+    assert "plan is for grid 3x16x16 (768 visual tokens); the model produced 2x16x16" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
+    content = plan_path.read_bytes()
+    (tmp_path / "short").write_bytes(content[: len(content) // 2])
+    (tmp_path / "edited").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for name, message in (("short", "truncated"), ("edited", "changed after it was written")):
+        result = run("inspect", tmp_path / name)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "calibrate", "generate", "inspect", "evaluate"])
+def test_every_command_shows_examples(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"paroattn {command}" in result.output.split("Examples:")[1]

@@ -1,0 +1,78 @@
+"""Results, records and the report."""
+
+import json
+import math
+import re
+
+import pytest
+import tiny
+import torch
+
+from paroattn.evaluation.metrics import Closeness
+from paroattn.evaluation.pairs import FULL, Variant, VariantResult, evaluate_variants
+from paroattn.evaluation.records import evaluation_records, write_records
+from paroattn.evaluation.report import write_report
+from paroattn.integrations.video_model import GenerationSettings, VideoModel
+
+
+class TinyModel(VideoModel):
+    """Generates the tiny pipeline's latents as if they were frames."""
+
+    def generate(self, prompt, seed):
+        frames = self.pipe(**tiny.call_arguments(seed=seed)).frames[0].transpose(0, 1)[:, :3]
+        return torch.nn.functional.interpolate(frames.sigmoid(), scale_factor=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TinyModel("tiny", tiny.tiny_wan(), GenerationSettings(height=32, width=40, num_frames=6))
+
+
+@pytest.fixture(scope="module")
+def evaluation(model):
+    variants = [
+        Variant("all blocks", tiny.make_plan(model.pipe)),
+        Variant("INT4", tiny.make_plan(model.pipe, precision="int4")),
+    ]
+    return evaluate_variants(model, variants, [("first", 1), ("second", 2)], progress=False)
+
+
+def test_variants_are_compared_pair_by_pair_with_full_attention(evaluation):
+    exact, int4 = evaluation.results
+    assert exact.mean("psnr") > int4.mean("psnr") + 20
+    assert set(evaluation.videos) == {FULL, "all blocks", "INT4"}
+    assert not torch.equal(*evaluation.videos[FULL])  # the two pairs differ
+    difference = (evaluation.videos["INT4"][1] - evaluation.videos[FULL][1]).square().mean()
+    assert int4.closeness[1].psnr == pytest.approx(-10 * math.log10(difference), rel=1e-4)
+
+
+def test_mean_spread_and_paired_gain():
+    def result(*psnr):
+        return VariantResult(Variant("x", None), tuple(Closeness(value, 1, 1) for value in psnr))
+
+    assert result(20, 24).mean("psnr") == 22
+    assert result(20, 24).spread("psnr") == pytest.approx(math.sqrt(8))
+    assert result(21).spread("psnr") == 0
+    gain, error = result(20, 24, 28).gain_over(result(19, 22, 25))
+    assert gain == 2
+    assert error == pytest.approx(1 / math.sqrt(3))
+
+
+def test_records_are_json_lines_with_every_pair(model, evaluation, tmp_path):
+    write_records(evaluation_records(model, evaluation), tmp_path / "records.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["all blocks", "INT4"]
+    assert [pair["seed"] for pair in lines[1]["pairs"]] == [1, 2]
+    assert lines[1]["psnr"] == pytest.approx(sum(pair["psnr"] for pair in lines[1]["pairs"]) / 2)
+    assert lines[0]["density"] == 1
+    assert {"machine", "threads", "versions", "commit"} <= set(lines[0])
+
+
+def test_the_report_is_one_file_that_loads_nothing(model, evaluation, tmp_path):
+    write_report(tmp_path / "report.html", model, evaluation)
+    html = (tmp_path / "report.html").read_text()
+    assert all(name in html for name in ("all blocks", "INT4", "“first”, seed 1", FULL))
+    assert f"{evaluation.results[1].mean('psnr'):.2f}" in html
+    assert set(re.findall(r'(?:src|href)="([a-z]+:[a-z]+/[a-z]+)', html)) == {"data:image/webp"}
+    assert not re.search(r"https?://", html)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
