@@ -49,7 +49,7 @@ class Stage:
     blur: float = BLUR
 
 
-STAGES = (Stage(4, 4, 500, blur=0.0), Stage(4, 4, 800), Stage(8, 2, 1500), Stage(16, 2, 1580))
+STAGES = (Stage(4, 4, 500, blur=0.0), Stage(4, 4, 800), Stage(8, 2, 1150), Stage(16, 2, 1200))
 PEAK_RATE = 1.2e-3
 WARMUP_STEPS = 60
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,31 +59,29 @@ class OrderScores:
 
 
 class BlockSums:
-    """Mean block sums per step bucket, layer and head, in the order given for each head.
+    """Mean block sums per step bucket, layer and head, for one or more choices of the heads' orders.
 
     Args:
         buckets: number of step buckets.
-        order_names, order_index: order of each head, uint8 [layers, heads] into the names.
+        choices: (order names, uint8 [layers, heads] index into them), one per choice.
         grid: the token grid.
     """
 
-    def __init__(self, buckets: int, order_names: tuple[str, ...], order_index: Tensor, grid: TokenGrid):
-        self.order_names = order_names
-        self.order_index = order_index
-        self._orders = [token_order(name, grid) for name in order_names]
+    def __init__(self, buckets: int, choices: Sequence[tuple[tuple[str, ...], Tensor]], grid: TokenGrid):
         blocks = block_count(grid.tokens, BLOCK)
-        layers, heads = order_index.shape
-        self._sums = torch.zeros(buckets, layers, heads, blocks, blocks)
+        layers, heads = choices[0][1].shape
+        self._choices = [(index, [token_order(name, grid) for name in names]) for names, index in choices]
+        self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks)
         self._calls = torch.zeros(buckets, layers)
 
     def add(self, bucket: int, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Take one attention call: query, key [B, N, H, D] in the model's order."""
         for q, k in zip(query.float().cpu(), key.float().cpu(), strict=True):
             for head in range(query.shape[2]):
-                order = self._orders[int(self.order_index[layer, head])]
-                self._sums[bucket, layer, head] += block_sums(q[:, head], k[:, head], order, scale)
+                orders = [table[int(index[layer, head])] for index, table in self._choices]
+                self._sums[:, bucket, layer, head] += block_sums(q[:, head], k[:, head], orders, scale)
             self._calls[bucket, layer] += 1
 
     def means(self) -> Tensor:
-        """Mean block sums [buckets, layers, heads, q blocks, kv blocks]; NaN where nothing was captured."""
+        """Mean block sums [choices, buckets, layers, heads, q blocks, kv blocks]; NaN where nothing was captured."""
         return self._sums / self._calls.view(*self._calls.shape, 1, 1, 1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 
 from paroattn.block_mask import BLOCK, block_count
+from paroattn.order import inverse_order
 
 _CHUNK_ENTRIES = 2**20  # entries of P held at once, so that a chunk stays in the processor's cache
 
@@ -102,6 +103,27 @@ def order_metrics(
     return sparse / blocks, incoherence / blocks
 
 
-def block_sums(q: Tensor, k: Tensor, order: Tensor, scale: float) -> Tensor:
-    """Sum of P in each block, float32 [q blocks, kv blocks], of one head in one order; rows sum to their tokens."""
-    return torch.cat([p.sum((1, 3)) for _, p in probability_blocks(q, k, order, scale)])
+def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> Tensor:
+    """Sum of P in each block, of one head in several orders at once.
+
+    P is computed once, in the model's order; multiplying it with the 0/1 assignment of tokens to kv blocks adds up its
+    columns in every order, and rows are then added to their q blocks.
+
+    Args:
+        q, k: [N, D] float32, in the model's order.
+        orders: gather indices [N].
+        scale: factor of the logits.
+
+    Returns:
+        float32 [orders, q blocks, kv blocks]; each row of blocks sums to its number of tokens.
+    """
+    tokens, blocks = len(q), block_count(len(q), BLOCK)
+    block_of = torch.stack([inverse_order(order) // BLOCK for order in orders])  # [orders, N]
+    assignment = one_hot(block_of, blocks).transpose(0, 1).flatten(1).to(q.dtype)  # [N, orders * blocks]
+    sums = torch.zeros(len(orders), blocks, blocks)
+    for rows in torch.arange(tokens).split(max(1, _CHUNK_ENTRIES // tokens)):
+        p = (q[rows] @ k.mT * scale).softmax(-1)
+        columns = (p @ assignment).unflatten(1, (len(orders), blocks))
+        for number in range(len(orders)):
+            sums[number].index_add_(0, block_of[number, rows], columns[:, number])
+    return sums

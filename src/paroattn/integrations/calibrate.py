@@ -144,10 +144,9 @@ def collect_statistics(
     def add_up(layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, scale: float) -> None:
         if not sums:
             edges.append(step_bucket_edges(schedule.num_steps, step_buckets))
-            sums.extend(BlockSums(len(edges[0]), names, index, grid) for names, index in choices)
+            sums.append(BlockSums(len(edges[0]), choices, grid))
         bucket = bucket_of(edges[0], schedule.step, schedule.num_steps)
-        for accumulated in sums:
-            accumulated.add(bucket, layer, query, key, scale)
+        sums[0].add(bucket, layer, query, key, scale)
 
     run.generate(add_up, "calibration 2/2, block sums")
     provenance = {
@@ -165,13 +164,13 @@ def collect_statistics(
         CalibrationStatistics(
             model=identity,
             grid=run.grid,
-            order_names=accumulated.order_names,
-            order_index=accumulated.order_index,
+            order_names=names,
+            order_index=index,
             bucket_edges=edges[0],
-            block_sums=accumulated.means(),
+            block_sums=block_sums,
             provenance=provenance,
         )
-        for accumulated in sums
+        for (names, index), block_sums in zip(choices, sums[0].means(), strict=True)
     ]
 
 
