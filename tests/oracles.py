@@ -41,3 +41,87 @@ def block_sums(q, k, order, scale=None):
         for column in range(blocks):
             sums[row, column] = p[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK].sum()
     return sums
+
+
+def compensated_attention(query, key, value, block_mask, permutation, scale=None):
+    """Like masked_attention for the heads of block_mask, with each skipped block replaced by its mean."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    outputs, lses = [], []
+    for head in range(len(block_mask)):
+        order = permutation[head]
+        q, k, v = (x[:, head].double()[:, order] for x in (query, key, value))
+        output, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
+        for batch in range(len(q)):
+            for token in range(q.shape[1]):
+                logits, values = [], []
+                for block, kept in enumerate(block_mask[head, token // BLOCK].tolist()):
+                    keys = k[batch, block * BLOCK : (block + 1) * BLOCK]
+                    block_values = v[batch, block * BLOCK : (block + 1) * BLOCK]
+                    if kept:
+                        logits += (keys @ q[batch, token] * scale).tolist()
+                        values += list(block_values)
+                    else:
+                        mean_logit = float(keys.mean(0) @ q[batch, token] * scale)
+                        logits += [mean_logit] * len(keys)
+                        values += [block_values.mean(0)] * len(keys)
+                logits = torch.tensor(logits, dtype=torch.float64)
+                output[batch, token] = logits.softmax(0) @ torch.stack(values)
+                lse[batch, token] = logits.logsumexp(0)
+        outputs.append(torch.empty_like(output).index_copy_(1, order, output))
+        lses.append(torch.empty_like(lse).index_copy_(1, order, lse))
+    return torch.stack(outputs, 1), torch.stack(lses, 1)
+
+
+def sparse_attention(
+    query,
+    key,
+    value,
+    block_mask=None,
+    permutation=None,
+    key_mask=None,
+    compensate=None,
+    scale=None,
+    block_q=BLOCK,
+    block_kv=BLOCK,
+    dtype=torch.float64,
+):
+    """Everything at once, token by token in the input's order; returns output [B, H, N, D] and lse [B, H, N].
+
+    A skipped block of `count` visible keys adds count * exp(q . mean(k) * scale) * mean(v) where `compensate[head]`.
+    With dtype float32 it is the plain computation that a tolerance is derived from.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    group = heads // key.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    permutation = torch.arange(tokens).expand(heads, tokens) if permutation is None else permutation
+    visible = torch.ones(batch, tokens, dtype=torch.bool) if key_mask is None else key_mask
+    output, lse = (
+        torch.empty(batch, heads, tokens, head_dim, dtype=dtype),
+        torch.empty(batch, heads, tokens, dtype=dtype),
+    )
+    for b in range(batch):
+        for h in range(heads):
+            q, k, v = query[b, h].to(dtype), key[b, h // group].to(dtype), value[b, h // group].to(dtype)
+            position = permutation[h].argsort()
+            row, column = position // block_q, position // block_kv
+            kept = torch.ones(tokens, tokens, dtype=torch.bool)
+            if block_mask is not None:
+                kept = block_mask[h][row][:, column]
+            logits = [(q @ k.T * scale).masked_fill(~kept | ~visible[b], -torch.inf)]
+            values = [v]
+            if compensate is not None and compensate[h] and block_mask is not None:
+                for block in range(int(column.max()) + 1):
+                    members = (column == block) & visible[b]
+                    if members.any():
+                        added = q @ k[members].mean(0) * scale + members.sum().to(dtype).log()
+                        logits.append(added.masked_fill(block_mask[h][row, block], -torch.inf).unsqueeze(1))
+                        values.append(v[members].mean(0, keepdim=True))
+            logits = torch.cat(logits, 1)
+            lse[b, h] = logits.logsumexp(1)
+            output[b, h] = logits.softmax(1) @ torch.cat(values)
+    return output, lse
+
+
+def relative_error(x, reference):
+    """L2 norm of the difference over the norm of the reference."""
+    return float((x.double() - reference.double()).norm() / reference.double().norm())

@@ -3,8 +3,11 @@
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
+from paroattn.cli import main
 from paroattn.integrations.video_model import GenerationSettings, load_video_model
+from paroattn.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,49 @@ def test_unknown_words_are_named_with_those_that_are_known(bundled):
         bundled.generate("a purple zebra", seed=0)
 
 
-def test_a_saved_pipeline_folder_can_be_loaded(tmp_path):
-    pipe = tiny.tiny_wan()
-    pipe.save_pretrained(tmp_path / "folder")
-    with pytest.raises(ValueError, match="cannot be loaded"):  # a folder without VAE and text encoder is no Wan model
-        load_video_model(str(tmp_path / "folder"), device="cpu")
+@pytest.fixture(scope="module")
+def whole_wan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "wan"
+    tiny.save_whole_wan(folder)
+    return folder
+
+
+def test_a_wan_folder_with_text_encoder_and_vae_generates_calibrates_and_applies(whole_wan, tmp_path):
+    size = [
+        "--height",
+        "64",
+        "--width",
+        "80",
+        "--frames",
+        "9",
+        "--steps",
+        "2",
+        "--model",
+        str(whole_wan),
+        "--device",
+        "cpu",
+    ]
+    model = load_video_model(str(whole_wan), device="cpu", height=64, width=80, num_frames=9, num_inference_steps=2)
+    frames = model.generate("a cat", seed=1)
+    assert frames.shape == (9, 3, 64, 80)
+    assert not torch.equal(frames, model.generate("a dog", seed=1))
+    plan, video = str(tmp_path / "plan"), str(tmp_path / "video.webp")
+    for arguments in (
+        ["calibrate", "--prompt", "a cat", "--density", "0.9", "--output", plan, *size],
+        ["generate", "--prompt", "a dog", "--plan", plan, "--output", video, *size],
+    ):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    assert Plan.load(plan).provenance["prompts"] == ["a cat"]
+    demo = CliRunner().invoke(main, ["demo", "--output-dir", str(tmp_path / "demo"), *size])
+    assert demo.exit_code == 2
+    assert "this model brings no prompts" in demo.stderr
+
+
+def test_a_folder_of_an_incomplete_pipeline_is_refused(tmp_path):
+    tiny.tiny_wan().save_pretrained(tmp_path / "without-vae")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_video_model(str(tmp_path / "without-vae"), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,17 @@ TEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
 NEGATIVE = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(2))
 
 
-def tiny_wan(layers=2, heads=2, ffn_dim=32):
+def tiny_wan(layers=2, heads=2, channels=4):
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=32,
         freq_dim=32,
-        ffn_dim=ffn_dim,
+        ffn_dim=32,
         num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
@@ -44,6 +44,33 @@ def tiny_wan(layers=2, heads=2, ffn_dim=32):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_whole_wan(folder):
+    """A tiny Wan pipeline with text encoder, tokenizer and VAE, saved like those on the Hub."""
+    from diffusers import AutoencoderKLWan
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3, "dog": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    pipe = WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=5, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ).eval(),
+        vae=AutoencoderKLWan(
+            base_dim=3,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_wan(channels=16).transformer,
+    )
+    pipe.save_pretrained(folder)
 
 
 def call_arguments(steps=STEPS, guidance_scale=1.0, height=GRID.height * 16, seed=None):

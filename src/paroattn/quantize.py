@@ -106,7 +106,7 @@ def quantize_probabilities(p: Tensor, number_format: NumberFormat, how: PQuantiz
         return Quantized(round_to(p, number_format), torch.ones_like(p[:, :1, :, :1]))
     steps = how.steps if number_format == "int8" else how.steps // 16
     largest = p.amax((1, 3), keepdim=True) if how.per_block else torch.ones_like(p[:, :1, :, :1])
-    scale = torch.where(largest > 0, largest, 1) / steps
+    scale = _scale(largest, steps)
     return Quantized((p / scale).round().clamp(max=steps), scale)
 
 
@@ -116,5 +116,9 @@ def round_to(x: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def _symmetric_scale(largest: Tensor, number_format: NumberFormat) -> Tensor:
-    steps = 2 ** (_BITS[number_format] - 1) - 1
-    return torch.where(largest > 0, largest, 1) / steps
+    return _scale(largest, 2 ** (_BITS[number_format] - 1) - 1)
+
+
+def _scale(largest: Tensor, steps: int) -> Tensor:
+    """The size of one step, never zero: values too small for a scale round to zero."""
+    return (largest / steps).clamp(min=torch.finfo(largest.dtype).tiny)

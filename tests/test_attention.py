@@ -1,0 +1,264 @@
+"""The operator through its public door, against float64."""
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import paroattn
+from paroattn.block_mask import BlockMask
+from paroattn.grid import TokenGrid
+from paroattn.order import AXIS_ORDERS, token_order
+from paroattn.quantize import Precision
+
+LENGTHS = [1, 63, 64, 65, 200, 333]
+
+
+def inputs(tokens, heads=2, head_dim=16, batch=1, key_heads=None, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, count, tokens, head_dim) for count in (heads, key_heads or heads, key_heads or heads)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def masks(heads, tokens, seed=0, block_q=64):
+    rows, columns = -(-tokens // block_q), -(-tokens // 64)
+    mask = torch.rand(heads, rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask.scatter_(2, torch.randint(columns, (heads, rows, 1), generator=torch.Generator().manual_seed(seed)), True)
+    return mask
+
+
+def permutations(heads, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)])
+
+
+def error(output, expected):
+    return float(torch.linalg.norm(output.double() - expected) / torch.linalg.norm(expected))
+
+
+def as_good_as_torch(output, query, key, value, expected):
+    """At most twice the error of PyTorch's own float32 attention, plus a rounding floor."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    dense, _ = oracles.dense_attention(query, key, value)
+    return error(output, expected) <= 2 * error(plain, dense) + 1e-6
+
+
+sizes = st.sampled_from([1, 2, 3, 5, 7, 11])
+
+
+@settings(max_examples=20)
+@given(sizes, sizes, sizes, st.sampled_from([0, 1, 9]), st.sampled_from(["prefix", "suffix"]), st.integers(1, 2))
+def test_permute_attend_inverse_permute_equals_plain_attention(frames, height, width, text, position, batch):
+    grid = TokenGrid(frames, height, width, text, position)
+    query, key, value = inputs(grid.tokens, batch=batch)
+    expected, expected_lse = oracles.dense_attention(query, key, value)
+    for name in AXIS_ORDERS:
+        output, lse = paroattn.attention(query, key, value, permutation=token_order(name, grid), return_lse=True)
+        assert error(output, expected) <= 1e-6
+        assert (lse - expected_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_heads_have_their_own_orders_and_masks(tokens, block_q):
+    query, key, value = inputs(tokens, heads=4, batch=2)
+    value = (
+        value + torch.arange(tokens).view(1, 1, -1, 1) + 1000 * torch.arange(4).view(1, -1, 1, 1)
+    )  # says who was seen
+    mask, order = masks(4, tokens, seed=tokens, block_q=block_q), permutations(4, tokens)
+    output = paroattn.attention(
+        query, key, value, permutation=order, block_mask=BlockMask.from_dense(mask, tokens, block_q)
+    )
+    expected = oracles.masked_attention(query, key, value, mask, order, block_q=block_q)
+    assert as_good_as_torch(output, query, key, value, expected)
+
+
+def test_a_shared_mask_and_order_serve_all_heads():
+    query, key, value = inputs(200, heads=3)
+    mask, order = masks(1, 200, seed=3), permutations(1, 200)
+    output = paroattn.attention(query, key, value, permutation=order[0], block_mask=mask)
+    expected = oracles.masked_attention(query, key, value, mask.expand(3, -1, -1), order.expand(3, -1))
+    assert as_good_as_torch(output, query, key, value, expected)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_skipped_blocks_are_never_read(precision):
+    query, key, value = inputs(333, heads=1)
+    mask = masks(1, 333, seed=1)
+    mask[:, :, 2] = False  # nobody keeps keys 128 to 191
+    mask[:, :, 0] = True
+    expected = paroattn.attention(query, key, value, block_mask=mask, precision=precision)
+    key[:, :, 128:192], value[:, :, 128:192] = torch.nan, torch.nan
+    assert torch.equal(paroattn.attention(query, key, value, block_mask=mask, precision=precision), expected)
+
+
+def test_grouped_queries_share_keys():
+    query, key, value = inputs(130, heads=6, key_heads=2)
+    expected, _ = oracles.dense_attention(query, key, value)
+    output = paroattn.attention(query, key, value, permutation=permutations(6, 130))
+    assert as_good_as_torch(output, query, key, value, expected)
+
+
+def test_layouts_agree():
+    query, key, value = inputs(100, heads=3, batch=2)
+    flipped = [x.transpose(1, 2) for x in (query, key, value)]
+    for precision in ("exact", "int8"):
+        expected = paroattn.attention(query, key, value, precision=precision)
+        output = paroattn.attention(*flipped, precision=precision, tensor_layout="NHD")
+        assert torch.equal(output.transpose(1, 2), expected)
+
+
+def test_masked_keys_are_ignored_in_the_inputs_order():
+    query, key, value = inputs(200, heads=2, batch=2)
+    key_mask = torch.ones(2, 200, dtype=torch.bool)
+    key_mask[0, 150:], key_mask[1, 90:95] = False, False
+    order = permutations(2, 200)
+    output, lse = paroattn.attention(query, key, value, permutation=order, key_mask=key_mask, return_lse=True)
+    for batch in range(2):
+        kept = key_mask[batch]
+        expected = oracles.dense_attention(
+            query[batch : batch + 1], key[batch : batch + 1, :, kept], value[batch : batch + 1, :, kept]
+        )
+        assert error(output[batch : batch + 1], expected[0]) < 1e-6
+        assert (lse[batch] - expected[1][0]).abs().max() < 1e-5
+
+
+def test_a_row_whose_keys_are_all_masked_is_zero():
+    query, key, value = inputs(128, heads=1)
+    key_mask = torch.arange(128).unsqueeze(0) >= 64
+    block_mask = torch.eye(2, dtype=torch.bool).unsqueeze(0)
+    output, lse = paroattn.attention(query, key, value, block_mask=block_mask, key_mask=key_mask, return_lse=True)
+    assert (output[:, :, :64] == 0).all()
+    assert (lse[:, :, :64] < -1e30).all()
+    assert output[:, :, 64:].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [65, 200, 333])
+def test_compensation_adds_the_mean_of_every_skipped_block(tokens):
+    query, key, value = inputs(tokens, heads=2, batch=2)
+    mask, order = masks(2, tokens, seed=4), permutations(2, tokens)
+    output, lse = paroattn.attention(
+        query, key, value, permutation=order, block_mask=mask, compensate=[True, False], return_lse=True
+    )
+    expected, expected_lse = oracles.compensated_attention(query, key, value, mask[:1], order)
+    assert error(output[:, :1], expected[:, :1]) < 1e-6
+    assert (lse[:, :1] - expected_lse[:, :1]).abs().max() < 1e-5
+    dropped = oracles.masked_attention(query, key, value, mask, order)
+    assert error(output[:, 1:], dropped[:, 1:]) < 1e-6
+
+
+def test_integer_precisions_err_as_their_steps_say():
+    query, key, value = inputs(333, heads=2, head_dim=64)
+    expected, expected_lse = oracles.dense_attention(query, key, value)
+    errors = {}
+    for precision in ("bf16", "int8", "int4"):
+        output, lse = paroattn.attention(query, key, value, precision=precision, return_lse=True)
+        errors[precision] = error(output, expected)
+        assert (lse - expected_lse).abs().max() < (0.5 if precision == "int4" else 0.03)
+    assert 0.001 < errors["bf16"] < 0.005 < errors["int8"] < 0.02
+    assert 10 * errors["int8"] < errors["int4"] < 0.4
+    half = error(paroattn.attention(query, key, value, precision=Precision("int8", "exact")), expected)
+    assert 0.003 < half < errors["int8"]
+
+
+def test_int8_follows_its_integer_arithmetic():
+    """One block, written out with torch integers: groups of 64 tokens, per-channel V, per-block P of 255 steps."""
+    query, key, value = (x[0, 0] for x in inputs(64, heads=1, head_dim=32))
+    centred = key - key.mean(0)
+    q_scale, k_scale, v_scale = query.abs().max() / 127, centred.abs().max() / 127, value.abs().amax(0) / 127
+    q_int, k_int, v_int = (
+        (query / q_scale).round().int(),
+        (centred / k_scale).round().int(),
+        (value / v_scale).round().int(),
+    )
+    logits = (q_int @ k_int.T).float() * (q_scale * k_scale * 32**-0.5)
+    p = (logits - logits.amax(1, keepdim=True)).exp()
+    p_scale = p.max() / 255
+    expected = ((p / p_scale).round().int() @ v_int).float() * p_scale * v_scale / p.sum(1, keepdim=True)
+    output = paroattn.attention(query[None, None], key[None, None], value[None, None], precision="int8")
+    assert error(output[0, 0], expected.double()) < 1e-6
+
+
+def test_a_constant_added_to_keys_costs_int8_nothing():
+    query, key, value = inputs(256, head_dim=64)
+    shifted = key + 20
+    expected, expected_lse = oracles.dense_attention(query, shifted, value)
+    output, lse = paroattn.attention(query, shifted, value, precision="int8", return_lse=True)
+    plain, _ = oracles.dense_attention(query, key, value)
+    assert error(output, expected) < 1.1 * error(paroattn.attention(query, key, value, precision="int8"), plain)
+    assert (lse - expected_lse).abs().max() < 0.03
+
+
+def test_each_head_may_have_its_own_precision():
+    query, key, value = inputs(128, heads=3)
+    output = paroattn.attention(query, key, value, precision=["exact", "int8", Precision("int4")])
+    for head, precision in enumerate(("exact", "int8", "int4/exact")):
+        alone = paroattn.attention(*(x[:, head : head + 1] for x in (query, key, value)), precision=precision)
+        assert torch.equal(output[:, head : head + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_inputs_give_16_bit_outputs_computed_in_float32(dtype):
+    query, key, value = inputs(200, dtype=dtype)
+    expected, _ = oracles.dense_attention(query, key, value)
+    output = paroattn.attention(query, key, value)
+    assert output.dtype == dtype
+    assert error(output, expected) <= 1.01 * error(expected.to(dtype), expected) + 1e-6
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8", "int4"])
+def test_zeros_and_large_values_stay_finite(precision):
+    query, key, value = inputs(100)
+    zeros = torch.zeros_like(query)
+    assert torch.equal(paroattn.attention(zeros, zeros, zeros, precision=precision), zeros)
+    large = paroattn.attention(query * 1e4, key * 1e4, value, precision=precision)
+    assert large.isfinite().all()
+    assert large.abs().max() <= value.abs().max() * 1.01
+
+
+def test_scale_replaces_the_default():
+    query, key, value = inputs(70)
+    expected, _ = oracles.dense_attention(query, key, value, scale=0.5)
+    assert error(paroattn.attention(query, key, value, scale=0.5), expected) < 1e-6
+
+
+def test_inference_only():
+    query, key, value = inputs(10)
+    query.requires_grad_()
+    with pytest.raises(ValueError, match="query requires grad"):
+        paroattn.attention(query, key, value)
+    with torch.no_grad():
+        assert paroattn.attention(query, key, value).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(2, 70, 16)}, "query has 3 dimensions"),
+        ({"key": torch.zeros(1, 2, 70, 16).double()}, "key is torch.float64"),
+        ({"value": torch.zeros(1, 2, 70, 16).half()}, "value is torch.float16 and query is torch.float32"),
+        ({"key": torch.zeros(1, 2, 69, 16)}, r"key is \[1, 2, 69, 16\]"),
+        ({"query": torch.zeros(1, 3, 70, 16)}, "key has 2 heads and query 3"),
+        ({"query": torch.zeros(1, 2, 70, 129)}, "head_dim 1 to 128"),
+        ({"permutation": torch.zeros(70, dtype=torch.long)}, "permutation must hold each number"),
+        ({"block_mask": torch.ones(3, 2, 2, dtype=torch.bool)}, "block_mask is for 3 heads"),
+        ({"block_mask": torch.ones(2, 1, 1, dtype=torch.bool)}, "block_mask is torch.bool"),
+        ({"block_mask": torch.zeros(2, 2, 2, dtype=torch.bool)}, "block_mask keeps no block in row 0 of head 0"),
+        ({"precision": "int2"}, "precision qk is 'int2'"),
+        ({"precision": ["int8"] * 3}, "expected one str or Precision, or 2 of them"),
+        ({"precision": "fp8"}, "precision 'fp8' is not available in backend 'reference'"),
+        ({"compensate": [True]}, "compensate is"),
+        ({"key_mask": torch.ones(1, 69, dtype=torch.bool)}, "key_mask is"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"tensor_layout": "DHN"}, "expected 'HND' or 'NHD'"),
+        ({"backend": "magic"}, "backend 'magic' is unknown; expected 'auto' or one of 'reference'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    query, key, value = inputs(70)
+    arguments = {"query": query, "key": key, "value": value, **changes}
+    with pytest.raises(ValueError, match=message):
+        paroattn.attention(**arguments)

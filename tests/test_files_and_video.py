@@ -1,0 +1,101 @@
+"""Files are written whole or not at all; videos and latents come back as they were."""
+
+import io
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paroattn.files import write_atomically
+from paroattn.models.pixels import frames_to_latents, latents_to_frames
+from paroattn.video import check_video_path, save_video, webp_bytes
+
+
+def smooth_frames(count=5, height=32, width=48):
+    """Frames that brighten over time, with a gradient along the width: compression hardly changes them."""
+    gradient = torch.linspace(0, 0.5, width).expand(count, 3, height, width)
+    return gradient + torch.linspace(0, 0.5, count).view(-1, 1, 1, 1)
+
+
+def test_write_makes_folders_and_leaves_only_the_file(tmp_path):
+    target = tmp_path / "new" / "folder" / "file.txt"
+    write_atomically(target, lambda path: path.write_text("text"))
+    assert target.read_text() == "text"
+    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_failing_write_keeps_the_old_file_and_no_temporary_one(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+
+    def fail(path):
+        path.write_text("half of the new")
+        raise RuntimeError("disk is full")
+
+    with pytest.raises(RuntimeError, match="disk is full"):
+        write_atomically(target, fail)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_reader_never_sees_the_file_before_it_is_whole(tmp_path):
+    target = tmp_path / "file.txt"
+
+    def write(path):
+        path.write_text("text")
+        assert not target.exists()
+        assert path.suffix == ".txt"
+
+    write_atomically(target, write)
+    assert target.exists()
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ".MP4"])
+def test_saved_video_has_the_frames(tmp_path, suffix):
+    frames, path = smooth_frames(), tmp_path / f"video{suffix}"
+    save_video(frames, path, fps=8)
+    read = imageio.imread(path, index=None if suffix.lower() == ".mp4" else ...)
+    assert read.shape[:3] == (5, 32, 48)
+    expected = (frames * 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(read[..., :3].astype(float) - expected).mean() < 12
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+def test_webp_bytes_are_an_animation_with_the_frames_duration():
+    image = Image.open(io.BytesIO(webp_bytes(smooth_frames(), fps=10)))
+    image.load()
+    assert (image.format, image.n_frames, image.size, image.info["duration"]) == ("WEBP", 5, (48, 32), 100)
+
+
+@pytest.mark.parametrize("name", ["video.avi", "video", "video.mp4.txt"])
+def test_unknown_suffix_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(ValueError, match=r"expected one of \.mp4, \.webp, \.gif"):
+        check_video_path(tmp_path / name)
+    with pytest.raises(ValueError, match="no known suffix"):
+        save_video(smooth_frames(), tmp_path / name, fps=8)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (3, 3, 8, 12), (5, 3, 20, 4)])
+def test_latents_turn_back_into_the_same_frames(shape):
+    frames = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    latents = frames_to_latents(frames)
+    assert latents.shape == (1, 48, shape[0], shape[2] // 4, shape[3] // 4)
+    assert latents.min() >= -1
+    assert latents.max() <= 1
+    torch.testing.assert_close(latents_to_frames(latents), frames, rtol=0, atol=1e-6)
+
+
+def test_each_latent_square_holds_its_own_four_by_four_pixels():
+    frames = torch.full((2, 3, 8, 8), 0.5)
+    frames[1, 2, 4:, :4] = 1.0
+    latents = frames_to_latents(frames)
+    assert latents[0, 32:, 1, 1, 0].tolist() == [1.0] * 16
+    assert latents.count_nonzero() == 16
+
+
+def test_frames_are_clamped():
+    frames = latents_to_frames(torch.full((1, 48, 1, 1, 1), 3.0))
+    assert torch.equal(frames, torch.ones(1, 3, 4, 4))

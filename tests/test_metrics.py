@@ -1,0 +1,57 @@
+"""Closeness of videos: figures that can be worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from paroattn.evaluation.metrics import compare
+
+
+def video(seed=0, frames=3, size=24):
+    return torch.rand(frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_equal_videos_are_as_close_as_can_be():
+    closeness = compare(video(), video())
+    assert closeness.psnr == math.inf
+    assert closeness.ssim == pytest.approx(1)
+    assert closeness.cosine == pytest.approx(1)
+
+
+def test_psnr_is_taken_over_the_whole_video():
+    reference, frames = torch.full((4, 3, 16, 16), 0.5), torch.full((4, 3, 16, 16), 0.5)
+    frames[0] = 0.7  # mean squared error 0.04 / 4 = 0.01; the mean of per-frame figures would be infinite
+    assert compare(frames, reference).psnr == pytest.approx(20, abs=1e-3)
+
+
+def test_cosine_is_that_of_all_pixels_as_one_vector():
+    frames, reference = video(0), video(1)
+    a, b = frames.flatten().double(), reference.flatten().double()
+    assert compare(frames, reference).cosine == pytest.approx(float(a @ b / (a.norm() * b.norm())))
+
+
+def test_more_noise_is_less_close():
+    reference, noise = video(0) * 0.5 + 0.25, video(1) - 0.5
+    little, much = compare(reference + 0.05 * noise, reference), compare(reference + 0.4 * noise, reference)
+    assert little.psnr > much.psnr
+    assert 1 > little.ssim > much.ssim
+    assert 1 > little.cosine > much.cosine
+
+
+def test_ssim_is_averaged_over_frames():
+    frames, reference = video(0), video(0)
+    frames[0] = video(5)[0]
+    alone = compare(frames[:1], reference[:1]).ssim
+    assert compare(frames, reference).ssim == pytest.approx((alone + 2) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 24), (3, 3, 24, 25)])
+def test_different_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected equal \[F, 3, H, W\]"):
+        compare(torch.zeros(shape), video())
+
+
+def test_a_single_image_is_refused():
+    with pytest.raises(ValueError, match="expected equal"):
+        compare(video()[0], video()[0])

@@ -1,0 +1,188 @@
+"""Plan files: what comes back, and what is refused."""
+
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import paroattn
+from paroattn import PlanError
+from paroattn.block_mask import block_count, pack_bits
+from paroattn.order import token_order
+from paroattn.plan import Plan
+
+TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    blocks = block_count(tiny.GRID.tokens, 64)
+    masks = torch.rand(2, 2, 2, blocks, blocks, generator=torch.Generator().manual_seed(2)) < 0.5
+    masks |= torch.eye(blocks, dtype=torch.bool)
+    made = tiny.make_plan(tiny.tiny_wan(), masks, edges=(0.0, 0.25), precision="int8/bf16")
+    return replace(made, provenance={"prompts": ["é"], "seed": 1})
+
+
+@pytest.fixture
+def path(plan, tmp_path):
+    plan.save(tmp_path / "plan.safetensors")
+    return tmp_path / "plan.safetensors"
+
+
+def rewrite(path, change_header=None, **change_tensors):
+    """Save a plan file again with another header or other tensors, under the checksum it had."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["paroattn_plan"])
+        tensors = {name: file.get_tensor(name) for name in TENSORS}
+    tensors.update(change_tensors)
+    if change_header:
+        change_header(header)
+    save_file(tensors, path, metadata={"paroattn_plan": json.dumps(header)})
+
+
+def test_a_plan_comes_back_as_it_was(plan, path, tmp_path):
+    loaded = Plan.load(path)
+    for name in TENSORS:
+        assert torch.equal(getattr(loaded, name), getattr(plan, name))
+    for name in ("model", "grid", "order_names", "precisions", "bucket_edges", "provenance", "block_q", "block_kv"):
+        assert getattr(loaded, name) == getattr(plan, name)
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["again", "plan.safetensors"]
+
+
+def test_a_folder_with_a_plan_is_a_pretrained_one(plan, tmp_path):
+    plan.save(tmp_path / "paroattn_plan.safetensors")
+    assert Plan.from_pretrained(tmp_path).model == plan.model
+
+
+def test_push_to_hub_uploads_the_file(plan, monkeypatch):
+    import huggingface_hub
+
+    uploads = []
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **kwargs):
+        uploads.append((Plan.load(path_or_fileobj).grid, path_in_repo, repo_id, kwargs))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
+    plan.push_to_hub("owner/name", token="secret")
+    assert uploads == [(plan.grid, "paroattn_plan.safetensors", "owner/name", {"token": "secret"})]
+
+
+def test_a_failing_save_keeps_the_old_file(plan, path, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr("paroattn.plan.save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        plan.save(path)
+    assert path.read_bytes() == before
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_every_truncation_is_refused(path):
+    content = path.read_bytes()
+    for length in (0, 1, 7, 8, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(PlanError, match="not a readable safetensors file") as error:
+            Plan.load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_every_flipped_bit_of_the_tensors_is_refused(path):
+    content = path.read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    for position in range(start, len(content), max(1, (len(content) - start) // 40)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        with pytest.raises(PlanError):
+            Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("version", 1, "plan format version is 1; this paroattn reads 0"),
+        ("grid", {"frames": 4, "height": 6, "width": 5, "text_tokens": 0, "text_position": "suffix"}, "checksum"),
+        ("bucket_edges", [0.0, 0.5], "checksum"),
+        ("digest", "0" * 64, "checksum"),
+    ],
+)
+def test_an_edited_header_is_refused(path, key, value, message):
+    rewrite(path, lambda header: header.update({key: value}))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+def test_other_files_are_refused(path, tmp_path):
+    with pytest.raises(PlanError, match="does not exist; make one with `paroattn calibrate`"):
+        Plan.load(tmp_path / "missing")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(PlanError, match="some other safetensors file"):
+        Plan.load(tmp_path / "weights")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "broken", metadata={"paroattn_plan": "{"})
+    with pytest.raises(PlanError, match="header cannot be read"):
+        Plan.load(tmp_path / "broken")
+    rewrite(path, extra=torch.zeros(1))
+    with pytest.raises(PlanError, match="tensors are"):
+        Plan.load(path)
+
+
+def changed(plan, **changes):
+    return lambda: replace(plan, **changes)
+
+
+def test_inconsistent_parts_are_named(plan):
+    full = torch.ones(1, 2, 2, dtype=torch.bool)
+    cases = {
+        "order_index ranges from 0 to 9": {"order_index": torch.tensor([[0, 9], [0, 0]], dtype=torch.uint8)},
+        "precision_index ranges": {"precision_index": torch.full((2, 2), 1, dtype=torch.uint8)},
+        "mask_index ranges from -1": {"mask_index": torch.full((2, 2, 2), -1, dtype=torch.int32)},
+        "mask_index is torch.int64": {"mask_index": plan.mask_index.long()},
+        r"compensate is torch.bool \[1, 2, 2\]": {"compensate": plan.compensate[:1]},
+        r"mask_table is torch.uint8 \[8, 1, 1\]": {"mask_table": plan.mask_table[:, :1]},
+        "keeps no block in row 1": {"mask_table": pack_bits(torch.tensor([[[1, 1], [0, 0]]]).bool().expand(8, 2, 2))},
+        "bits beyond its 2 kv blocks": {"mask_table": plan.mask_table | 128},
+        "bucket_edges are": {"bucket_edges": (0.0, 1.0)},
+        "bucket_edges are .*0.1": {"bucket_edges": (0.1, 0.5)},
+        "token order 'ABC' is unknown": {"order_names": ("ABC",) * 6},
+        "blocks are 32 x 64": {"block_q": 32},
+        "touches text tokens": {"grid": replace(tiny.GRID, frames=5, text_tokens=20)},
+    }
+    assert full.any()
+    for message, changes in cases.items():
+        with pytest.raises(PlanError, match=message):
+            replace(plan, **changes)
+
+
+def test_buckets_are_fractions_of_any_schedule(plan):
+    thirds = replace(plan, bucket_edges=(0.0, 1 / 3))
+    assert [thirds.bucket_of(step, 3) for step in range(3)] == [0, 1, 1]
+    assert [thirds.bucket_of(step, 6) for step in range(6)] == [0, 0, 1, 1, 1, 1]
+    assert [plan.bucket_of(step, 5) for step in range(5)] == [0, 0, 1, 1, 1]
+    assert plan.bucket_of(0, 1) == 0
+    for steps in range(1, 101):
+        edges = tuple(step / steps for step in range(steps))
+        assert [paroattn.plan.bucket_of(edges, step, steps) for step in range(steps)] == list(range(steps))
+
+
+def test_density_weighs_buckets_by_their_length(plan):
+    masks = plan.densities()
+    assert masks.shape == (2, 2, 2)
+    assert plan.density() == pytest.approx(float(0.25 * masks[0].mean() + 0.75 * masks[1].mean()))
+
+
+def test_visual_density_leaves_text_blocks_out():
+    pipe, grid = tiny.tiny_wan(), replace(tiny.GRID, text_tokens=50)  # blocks: visual, mixed, text
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1]]).bool().expand(1, 2, 2, 3, 3)
+    assert tiny.make_plan(pipe, mask, grid).density(visual_only=True) == 1
+
+
+def test_a_layer_has_its_heads_orders_and_masks(plan):
+    layer = plan.layer(1)
+    names = [plan.order_names[index] for index in plan.order_index[1].tolist()]
+    assert torch.equal(layer.permutation, torch.stack([token_order(name, tiny.GRID) for name in names]))
+    assert torch.equal(layer.mask_index, plan.mask_index[:, 1])
+    assert [str(precision) for precision in layer.precisions] == ["int8/bf16"] * 2

@@ -1,0 +1,68 @@
+"""The prepared operator: a layer's masks by step bucket, called with tensors only."""
+
+import pytest
+import torch
+from test_attention import inputs, masks, permutations
+
+import paroattn
+from paroattn.block_mask import pack_bits
+from paroattn.plan import LayerPlan
+from paroattn.quantize import Precision
+
+TOKENS, HEADS = 200, 3
+MASKS = torch.stack([masks(HEADS, TOKENS, seed=seed) for seed in (1, 2)])  # two step buckets
+ORDERS = permutations(HEADS, TOKENS)
+LAYER = LayerPlan(
+    precisions=(Precision(), Precision("int8", "int8"), Precision("bf16", "exact")),
+    permutation=ORDERS,
+    mask_table=pack_bits(MASKS).flatten(0, 1),
+    mask_index=torch.arange(2 * HEADS, dtype=torch.int32).view(2, HEADS),
+    compensate=torch.tensor([[True, False, False], [False, True, False]]),
+    tokens=TOKENS,
+)
+
+
+@pytest.mark.parametrize("bucket", [0, 1])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_the_step_selects_masks_and_compensation(bucket, layout):
+    query, key, value = inputs(TOKENS, heads=HEADS, batch=2)
+    key_mask = torch.arange(TOKENS).expand(2, -1) < 190
+    expected = paroattn.attention(
+        query,
+        key,
+        value,
+        permutation=ORDERS,
+        block_mask=MASKS[bucket],
+        precision=LAYER.precisions,
+        compensate=LAYER.compensate[bucket].tolist(),
+        key_mask=key_mask,
+        scale=0.3,
+    )
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout=layout, scale=0.3)
+    if layout == "NHD":
+        query, key, value, expected = (x.transpose(1, 2) for x in (query, key, value, expected))
+    assert torch.equal(op(query, key, value, step=torch.tensor(bucket), key_mask=key_mask), expected)
+
+
+def test_a_layer_without_masks_is_dense_at_any_length():
+    op = paroattn.prepare(LayerPlan(precisions=(Precision(),) * 2), device="cpu", dtype=torch.float32)
+    for tokens in (1, 65):
+        query, key, value = inputs(tokens)
+        expected = paroattn.attention(query, key, value)
+        flipped = (x.transpose(1, 2) for x in (query, key, value))
+        assert torch.equal(op(*flipped, step=torch.tensor(0)).transpose(1, 2), expected)
+
+
+def test_what_it_was_not_prepared_for_is_refused():
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="HND")
+    step = torch.tensor(0)
+    with pytest.raises(ValueError, match="prepared for torch.float32"):
+        op(*inputs(TOKENS, heads=HEADS, dtype=torch.float16), step=step)
+    with pytest.raises(ValueError, match="3 heads and 201 tokens; this operator was prepared for 3 heads and 200"):
+        op(*inputs(201, heads=HEADS), step=step)
+    with pytest.raises(ValueError, match="2 heads and 200 tokens"):
+        op(*inputs(TOKENS, heads=2), step=step)
+    with pytest.raises(ValueError, match="expected 'HND' or 'NHD'"):
+        paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="BHND")
+    with pytest.raises(ValueError, match="backend 'magic' is unknown"):
+        paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="magic")
