@@ -1,5 +1,7 @@
 """The prepared operator: a layer's masks by step bucket, called with tensors only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_attention import inputs, masks, permutations
@@ -66,3 +68,36 @@ def test_what_it_was_not_prepared_for_is_refused():
         paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="BHND")
     with pytest.raises(ValueError, match="backend 'magic' is unknown"):
         paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="magic")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_step_may_be_any_integer_type(dtype):
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="HND")
+    query, key, value = inputs(TOKENS, heads=HEADS)
+    expected = op(query, key, value, step=torch.tensor(1))
+    assert torch.equal(op(query, key, value, step=torch.tensor(1, dtype=dtype)), expected)
+    assert not torch.equal(op(query, key, value, step=torch.tensor(0, dtype=dtype)), expected)
+
+
+def test_one_order_serves_all_heads_as_it_does_in_attention():
+    op = paroattn.prepare(replace(LAYER, permutation=ORDERS[0]), device="cpu", dtype=torch.float32, tensor_layout="HND")
+    shared = replace(LAYER, permutation=ORDERS[:1].expand(HEADS, -1))
+    expected = paroattn.prepare(shared, device="cpu", dtype=torch.float32, tensor_layout="HND")
+    tensors = inputs(TOKENS, heads=HEADS)
+    assert torch.equal(op(*tensors, step=torch.tensor(0)), expected(*tensors, step=torch.tensor(0)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask_table": torch.zeros(6, 4, 1, dtype=torch.uint8)},  # rows without blocks
+        {"mask_table": LAYER.mask_table[:, :3]},
+        {"mask_index": LAYER.mask_index + 1},
+        {"mask_index": LAYER.mask_index[:, :2]},
+        {"compensate": torch.zeros(2, 2, dtype=torch.bool)},
+        {"permutation": torch.zeros_like(ORDERS)},
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_when_prepared(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        paroattn.prepare(replace(LAYER, **changes), device="cpu", dtype=torch.float32)

@@ -26,7 +26,7 @@ GENERATION = {
         "height": 128,
         "width": 128,
         "num_frames": 16,
-        "num_inference_steps": 10,
+        "num_inference_steps": 6,
         "guidance_scale": 1.0,
         "fps": 8,
     },

@@ -1,0 +1,109 @@
+"""Accumulation of statistics over attention calls, against brute force over the same calls."""
+
+import oracles
+import pytest
+import torch
+
+from paroattn import TokenGrid
+from paroattn.calibration import statistics
+from paroattn.calibration.capture import BlockSums, OrderScores
+from paroattn.calibration.statistics import OrderCriterion, block_areas, block_sums, order_metrics
+from paroattn.order import AXIS_ORDERS, token_order
+
+GRID, NAMES, SCALE = TokenGrid(3, 5, 7, 4, "prefix"), ("FHW", "WHF"), 0.4
+
+
+def call(seed, grid=GRID, heads=2):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, grid.tokens, heads, 8, generator=generator) for _ in range(2))
+
+
+def brute_metrics(q, k, order, epsilon, sigma, rows=None):
+    p = (q.double() @ k.double().T * SCALE).softmax(-1)[order][:, order]
+    rows_of_blocks = p.split(64, 0)
+    blocks = [
+        b for row in (range(len(rows_of_blocks)) if rows is None else rows) for b in rows_of_blocks[row].split(64, 1)
+    ]
+    sparse = [float((block < epsilon).double().mean()) >= sigma for block in blocks]
+    incoherence = [float(block.max() / block.mean()) for block in blocks]
+    return sum(sparse) / len(blocks), sum(incoherence) / len(blocks)
+
+
+def test_order_scores_are_means_over_calls_and_batch():
+    scores = OrderScores(2, 2, GRID, NAMES, OrderCriterion(sigma=0.71), row_share=1.0, seed=0)
+    expected = torch.zeros(2, 2, 2, 2, dtype=torch.float64)
+    for layer, seed in ((0, 0), (0, 1), (1, 2)):
+        query, key = call(seed)
+        scores.add(layer, query, key, SCALE)
+        samples = 4 if layer == 0 else 2
+        for sample, head, number in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
+            q, k = query[sample, :, head], key[sample, :, head]
+            metrics = brute_metrics(q, k, token_order(NAMES[number], GRID), 1 / GRID.tokens, 0.71)
+            expected[:, layer, head, number] += torch.tensor(metrics) / samples
+    sparse, incoherence = scores.means()
+    assert 0 < sparse.mean() < 1
+    torch.testing.assert_close(sparse, expected[0])
+    torch.testing.assert_close(incoherence, expected[1], rtol=1e-5, atol=0)
+
+
+def test_metrics_of_chosen_rows_look_at_those_rows_only():
+    q, k = torch.randn(2, 333, 16, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(333, generator=torch.Generator().manual_seed(1))
+    metrics = order_metrics(q, k, order, SCALE, OrderCriterion(), torch.tensor([1, 5]))
+    assert metrics == pytest.approx(brute_metrics(q, k, order, 1 / 333, 0.9, rows=[1, 5]), rel=1e-5)
+
+
+def test_row_share_draws_the_same_rows_for_the_same_seed_and_at_least_one():
+    grid = TokenGrid(8, 8, 8)
+
+    def drawn(share, seed):
+        scores = OrderScores(1, 1, grid, AXIS_ORDERS, OrderCriterion(), share, seed)
+        scores.add(0, *call(0, grid, heads=1), SCALE)
+        return scores.means()[1]
+
+    assert torch.equal(drawn(0.25, 3), drawn(0.25, 3))
+    assert not torch.equal(drawn(0.25, 3), drawn(0.25, 4))
+    assert drawn(1e-9, 0).isfinite().all()
+
+
+def test_block_sums_use_each_choices_orders_and_average_per_bucket():
+    indices = [torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), torch.tensor([[1, 1], [0, 0]], dtype=torch.uint8)]
+    sums = BlockSums(2, [(NAMES, index) for index in indices], GRID)
+    expected = torch.zeros(2, 2, 2, 2, 2, 2)
+    for bucket, layer, seed in ((0, 0, 1), (0, 0, 2), (1, 0, 3), (0, 1, 4), (1, 1, 5)):
+        query, key = call(seed)
+        sums.add(bucket, layer, query, key, SCALE)
+        samples = 4 if (bucket, layer) == (0, 0) else 2
+        for choice, sample, head in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
+            order = token_order(NAMES[indices[choice][layer, head]], GRID)
+            found = oracles.block_sums(query[sample, :, head], key[sample, :, head], order, SCALE)
+            expected[choice, bucket, layer, head] += found.float() / samples
+    torch.testing.assert_close(sums.means(), expected)
+
+
+def test_block_sums_never_captured_are_nan():
+    sums = BlockSums(2, [(("FHW",), torch.zeros(1, 1, dtype=torch.uint8))], GRID)
+    sums.add(0, 0, *call(0, heads=1), SCALE)
+    assert sums.means()[0, 0].isfinite().all()
+    assert sums.means()[0, 1].isnan().all()
+
+
+def test_the_size_of_chunks_changes_nothing(monkeypatch):
+    q, k = torch.randn(2, 333, 16, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(333).flip(0)
+    metrics, sums = order_metrics(q, k, order, SCALE, OrderCriterion()), block_sums(q, k, [order], SCALE)
+    monkeypatch.setattr(statistics, "_CHUNK_ENTRIES", 1)
+    assert order_metrics(q, k, order, SCALE, OrderCriterion()) == pytest.approx(metrics, rel=1e-5)
+    torch.testing.assert_close(block_sums(q, k, [order], SCALE), sums)
+
+
+def test_block_areas_know_the_partial_blocks():
+    assert block_areas(100).tolist() == [[4096, 64 * 36], [36 * 64, 36 * 36]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": -0.1}, {"alpha": 1.1}, {"sigma": 0}, {"sigma": 1.1}, {"epsilon": 0.0}, {"relative_epsilon": 0}]
+)
+def test_criterion_names_what_is_out_of_range(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OrderCriterion(**wrong)

@@ -1,0 +1,171 @@
+"""Plan files and plans that are wrong on purpose, with a checksum that is right: each is a one-line `PlanError`."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paroattn import Plan, PlanError, Precision, TokenGrid
+from paroattn.plan import ModelIdentity, _digest
+
+TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate")
+
+
+def make_plan(**changes):
+    parts = {
+        "model": ModelIdentity("Model", "abc", 1, 2, 8),
+        "grid": TokenGrid(2, 8, 8),
+        "order_names": ("FHW", "WHF"),
+        "order_index": torch.tensor([[0, 1]], dtype=torch.uint8),
+        "precisions": (Precision("int8", "int8"),),
+        "precision_index": torch.zeros(1, 2, dtype=torch.uint8),
+        "bucket_edges": (0.0, 0.5),
+        "mask_table": torch.tensor([[[1], [2]], [[3], [3]]], dtype=torch.uint8),
+        "mask_index": torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.int32),
+        "compensate": torch.zeros(2, 1, 2, dtype=torch.bool),
+    }
+    return Plan(**{**parts, **changes})
+
+
+def forge(path, change=lambda header, tensors: None):
+    """Write a plan file whose header or tensors were changed, with the checksum that goes with them."""
+    plan = make_plan()
+    tensors = {name: getattr(plan, name) for name in TENSORS}
+    header = {
+        "version": 0,
+        "model": vars(plan.model),
+        "grid": {"frames": 2, "height": 8, "width": 8, "text_tokens": 0, "text_position": "suffix"},
+        "order_names": list(plan.order_names),
+        "precisions": ["int8"],
+        "bucket_edges": [0.0, 0.5],
+        "block_q": 64,
+        "block_kv": 64,
+        "provenance": {},
+    }
+    change(header, tensors)
+    header["digest"] = _digest(header, tensors) if all(x.ndim for x in tensors.values()) else ""
+    save_file(tensors, path, metadata={"paroattn_plan": json.dumps(header)})
+
+
+def refused(path):
+    with pytest.raises(PlanError) as caught:
+        Plan.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_forger_without_changes_writes_a_good_plan(tmp_path):
+    forge(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").density() == make_plan().density() == 0.5 * 0.75 + 0.5
+
+
+@pytest.mark.parametrize("key", ["model", "grid", "order_names", "precisions", "bucket_edges", "block_q", "provenance"])
+def test_a_header_without_one_of_its_keys(tmp_path, key):
+    forge(tmp_path / "plan", lambda header, tensors: header.pop(key))
+    assert key in refused(tmp_path / "plan")
+
+
+HEADERS = {
+    "grid": [{}, None, [2, 8, 8], {"frames": 0, "height": 8, "width": 8}, {"frames": 10**9, "height": 8, "width": 8}],
+    "model": [
+        {},
+        None,
+        {"class_name": "Model"},
+        {"class_name": "M", "config_hash": "", "layers": "1", "heads": 2, "head_dim": 8},
+    ],
+    "order_names": [[], None, "FHW", [1, 2], ["FHW", "XYZ"]],
+    "precisions": [[], ["int3"], None, [7]],
+    "bucket_edges": [[0.5, 0.0], [0.0, 0.0], [0.0, 1.0], [0.1, 0.5], [0.0], None, ["0", "1"]],
+    "block_q": [32, 0, "64", None],
+    "block_kv": [128],
+    "version": [None, 2, "0"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in HEADERS.items() for value in values])
+def test_wrong_header_values_with_a_right_checksum(tmp_path, key, value):
+    forge(tmp_path / "plan", lambda header, tensors: header.update({key: value}))
+    refused(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("change", ["dtype", "shape", "empty"])
+def test_wrong_tensors_with_a_right_checksum(tmp_path, name, change):
+    changes = {"dtype": lambda x: x.float(), "shape": lambda x: x.unsqueeze(0), "empty": lambda x: x[:0]}
+    forge(
+        tmp_path / "plan", lambda header, tensors: tensors.update({name: changes[change](tensors[name]).contiguous()})
+    )
+    assert name in refused(tmp_path / "plan")
+
+
+def test_tensor_without_dimensions(tmp_path):
+    forge(tmp_path / "plan", lambda header, tensors: tensors.update(mask_index=torch.tensor(0, dtype=torch.int32)))
+    refused(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("header", ["[]", '"text"', "3", "null", "{}"])
+def test_header_that_is_no_object(tmp_path, header):
+    tensors = {name: getattr(make_plan(), name) for name in TENSORS}
+    save_file(tensors, tmp_path / "plan", metadata={"paroattn_plan": header})
+    refused(tmp_path / "plan")
+
+
+def test_every_truncation_and_every_flipped_byte(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    make_plan().save(good)
+    content = good.read_bytes()
+    for length in range(0, len(content), 17):
+        bad.write_bytes(content[:length])
+        refused(bad)
+    for position in range(len(content)):
+        bad.write_bytes(content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :])
+        refused(bad)
+
+
+@pytest.mark.parametrize("folder", ["missing", "."])
+def test_a_path_that_is_no_file(tmp_path, folder):
+    refused(tmp_path / folder)
+
+
+@pytest.mark.parametrize("edges", [(), (0.0, float("nan"))])
+def test_bucket_edges_must_be_an_ascending_list(edges):
+    buckets = len(edges)
+    with pytest.raises(PlanError, match="bucket"):
+        make_plan(
+            bucket_edges=edges,
+            mask_index=torch.zeros(buckets, 1, 2, dtype=torch.int32),
+            compensate=torch.zeros(buckets, 1, 2, dtype=torch.bool),
+        )
+
+
+def test_a_model_without_layers():
+    with pytest.raises(PlanError):
+        make_plan(
+            model=ModelIdentity("Model", "abc", 0, 2, 8),
+            order_index=torch.zeros(0, 2, dtype=torch.uint8),
+            precision_index=torch.zeros(0, 2, dtype=torch.uint8),
+            mask_index=torch.zeros(2, 0, 2, dtype=torch.int32),
+            compensate=torch.zeros(2, 0, 2, dtype=torch.bool),
+        )
+
+
+@pytest.mark.parametrize(
+    "provenance", [{9: "a", 10: "b"}, {"share": float("nan")}, {"steps": (1, 2)}, {"prompt": "é\n"}]
+)
+def test_what_was_saved_can_be_loaded(tmp_path, provenance):
+    make_plan(provenance=provenance).save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").provenance.keys() == {str(key) for key in provenance}
+
+
+def test_provenance_that_json_cannot_hold_leaves_no_file(tmp_path):
+    with pytest.raises((TypeError, ValueError)):
+        make_plan(provenance={"model": object()}).save(tmp_path / "plan")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_visual_density_of_a_grid_whose_blocks_all_touch_text_is_a_number():
+    plan = make_plan(grid=TokenGrid(2, 4, 4, 96), mask_table=torch.full((2, 2, 1), 3, dtype=torch.uint8))
+    assert plan.density() == 1
+    assert 0 <= plan.density(visual_only=True) <= 1
