@@ -184,5 +184,7 @@ def test_a_layer_has_its_heads_orders_and_masks(plan):
     layer = plan.layer(1)
     names = [plan.order_names[index] for index in plan.order_index[1].tolist()]
     assert torch.equal(layer.permutation, torch.stack([token_order(name, tiny.GRID) for name in names]))
-    assert torch.equal(layer.mask_index, plan.mask_index[:, 1])
+    masks = plan.mask_table[plan.mask_index[:, 1].long()]
+    assert torch.equal(layer.mask_table[layer.mask_index.long()], masks)
+    assert len(layer.mask_table) == 4  # of the plan's 8
     assert [str(precision) for precision in layer.precisions] == ["int8/bf16"] * 2

@@ -90,7 +90,6 @@ def test_one_order_serves_all_heads_as_it_does_in_attention():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mask_table": torch.zeros(6, 4, 1, dtype=torch.uint8)},  # rows without blocks
         {"mask_table": LAYER.mask_table[:, :3]},
         {"mask_index": LAYER.mask_index + 1},
         {"mask_index": LAYER.mask_index[:, :2]},
@@ -101,3 +100,9 @@ def test_one_order_serves_all_heads_as_it_does_in_attention():
 def test_parts_that_do_not_fit_are_refused_when_prepared(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         paroattn.prepare(replace(LAYER, **changes), device="cpu", dtype=torch.float32)
+
+
+def test_a_mask_with_an_empty_row_is_refused_when_prepared():
+    empty = replace(LAYER, mask_table=torch.zeros_like(LAYER.mask_table))
+    with pytest.raises(ValueError, match="keeps no block in row 0"):
+        paroattn.prepare(empty, device="cpu", dtype=torch.float32)

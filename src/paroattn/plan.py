@@ -129,6 +129,8 @@ class Plan:
         counted = torch.ones_like(masks[0])
         if visual_only:
             counted = ~text_blocks(self.grid, self.block_q, self.block_kv)
+        if not bool(counted.any()):  # every block touches text, and those are all computed
+            return torch.ones(self.mask_index.shape, dtype=torch.float64)
         per_mask = masks[:, counted].double().mean(-1)
         return per_mask[self.mask_index.long()]
 
@@ -142,13 +144,14 @@ class Plan:
         return bucket_of(self.bucket_edges, step, num_steps)
 
     def layer(self, index: int) -> LayerPlan:
-        """The part of layer `index`."""
+        """The part of layer `index`, with the masks that it uses."""
+        used, mask_index = torch.unique(self.mask_index[:, index], return_inverse=True)
         orders = torch.stack([token_order(name, self.grid) for name in self.order_names])
         return LayerPlan(
             precisions=tuple(self.precisions[i] for i in self.precision_index[index].tolist()),
             permutation=orders[self.order_index[index].long()],
-            mask_table=self.mask_table,
-            mask_index=self.mask_index[:, index],
+            mask_table=self.mask_table[used.long()],
+            mask_index=mask_index.to(torch.int32),
             compensate=self.compensate[:, index],
             tokens=self.grid.tokens,
             block_q=self.block_q,
@@ -169,6 +172,7 @@ class Plan:
             "block_kv": self.block_kv,
             "provenance": dict(self.provenance),
         }
+        header = json.loads(json.dumps(header))  # as it will be read: provenance may have keys that are no strings
         header["digest"] = _digest(header, tensors)
         metadata = {_HEADER_KEY: json.dumps(header, sort_keys=True)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -228,7 +232,7 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     content = {key: value for key, value in header.items() if key != "digest"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -266,6 +270,11 @@ def _from_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
 
 def _validate(plan: Plan) -> None:
     layers, heads, buckets = plan.model.layers, plan.model.heads, len(plan.bucket_edges)
+    if layers < 1 or heads < 1:
+        raise PlanError(f"the model has {layers} layers of {heads} heads; expected at least one of each")
+    edges = plan.bucket_edges
+    if not edges or edges[0] != 0 or not all(a < b for a, b in zip(edges, (*edges[1:], 1.0), strict=True)):
+        raise PlanError(f"bucket_edges are {list(edges)}; expected an ascending list from 0 to below 1")
     if plan.block_q not in (64, 128) or plan.block_kv != 64:
         raise PlanError(f"blocks are {plan.block_q} x {plan.block_kv}; expected 64 x 64 or 128 x 64")
     rows = block_count(plan.grid.tokens, plan.block_q)
@@ -291,9 +300,6 @@ def _validate(plan: Plan) -> None:
             raise PlanError(
                 f"{name}_index ranges from {int(index.min())} to {int(index.max())}; expected 0 to {length - 1}"
             )
-    edges = plan.bucket_edges
-    if edges[0] != 0 or any(a >= b for a, b in zip(edges, (*edges[1:], 1.0), strict=True)):
-        raise PlanError(f"bucket_edges are {list(edges)}; expected an ascending list from 0 to below 1")
     for order in plan.order_names:
         try:
             token_order(order, plan.grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,9 +131,10 @@ def check_density_for(density: float, grid: TokenGrid) -> None:
 
 def _check_reachable(density: float, wanted: int, forced: Tensor) -> None:
     if wanted < int(forced.sum()):
+        least = math.ceil(float(forced.double().mean()) * 1e4) / 1e4  # rounded up, so that asking for it succeeds
         raise PlanError(
             f"density {density:g} cannot be reached: text blocks and one block per row already need "
-            f"{float(forced.double().mean()):.4f}. Ask for at least that."
+            f"{least:.4f}. Ask for at least that."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BlockMask
+from paroattn.block_mask import BlockMask, block_count, unpack_bits
 from paroattn.ops.attention import TensorLayout, check_layout, check_tensors, checked_scale
 from paroattn.ops.backends import load_backend
 from paroattn.order import check_permutation
@@ -58,14 +58,14 @@ class PreparedAttention:
         backend: str,
     ):
         check_layout(tensor_layout)
-        if layer_plan.permutation is not None and layer_plan.tokens is not None:
-            check_permutation(layer_plan.permutation, layer_plan.heads, layer_plan.tokens)
+        _check_parts(layer_plan)
         self.layer_plan = layer_plan
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
         self._backend = load_backend(backend, layer_plan.precisions)
-        self._permutation = _moved(layer_plan.permutation, device)
+        permutation = _moved(layer_plan.permutation, device)
+        self._permutation = None if permutation is None else permutation.expand(layer_plan.heads, -1)
         self._mask_table = _moved(layer_plan.mask_table, device)
         self._mask_index = _moved(layer_plan.mask_index, device)
 
@@ -116,6 +116,29 @@ class PreparedAttention:
                 f"query has {query.shape[1]} heads and {query.shape[2]:,} tokens; this operator was prepared for "
                 f"{plan.heads} heads and {expected} tokens"
             )
+
+
+def _check_parts(plan: LayerPlan) -> None:
+    """Raise `ValueError` naming a part of the layer plan that does not fit the others."""
+    if plan.permutation is not None:
+        check_permutation(plan.permutation, plan.heads, plan.tokens or plan.permutation.shape[-1])
+    if plan.mask_table is None or plan.mask_index is None or plan.tokens is None:
+        return
+    rows, columns = block_count(plan.tokens, plan.block_q), block_count(plan.tokens, plan.block_kv)
+    if tuple(plan.mask_table.shape[1:]) != (rows, -(-columns // 8)):
+        raise ValueError(
+            f"mask_table is {list(plan.mask_table.shape)}; expected [masks, {rows}, {-(-columns // 8)}] "
+            f"for {plan.tokens} tokens"
+        )
+    BlockMask.from_dense(unpack_bits(plan.mask_table, columns), plan.tokens, plan.block_q, plan.block_kv)
+    buckets, masks = len(plan.mask_index), len(plan.mask_table)
+    for name, part in (("mask_index", plan.mask_index), ("compensate", plan.compensate)):
+        if part is not None and tuple(part.shape) != (buckets, plan.heads):
+            raise ValueError(
+                f"{name} is {list(part.shape)}; expected [{buckets}, {plan.heads}], step buckets and heads"
+            )
+    if int(plan.mask_index.min()) < 0 or int(plan.mask_index.max()) >= masks:
+        raise ValueError(f"mask_index goes up to {int(plan.mask_index.max())}; mask_table has {masks} masks")
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
