@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 import train_moving_digits as training
-from moving_digits import SIZE, WORDS, MovingDigits
+from moving_digits import PAN_SPEED, SIZE, WORDS, MovingDigits
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,8 @@ def test_clips_are_drawn_from_the_generator_alone_and_prompts_use_known_words(da
 def test_the_camera_pans_where_the_prompt_says(data):
     photograph = data.photographs["cat"]
     left = data._pan(photograph, (0, -1), 4, torch.Generator().manual_seed(0))
-    shift = round(training_pan_speed())
+    shift = round(PAN_SPEED)
     assert torch.allclose(left[1:, :, :, shift:], left[:-1, :, :, :-shift], atol=1e-4)
-
-
-def training_pan_speed():
-    import moving_digits
-
-    return moving_digits.PAN_SPEED
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(data, tmp_path, monkeypatch):
