@@ -1,8 +1,9 @@
-# Both commands make .venv on first use.
+# All commands make .venv on first use.
 PYTHON ?= python3
+CXX ?= g++
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint sanitize
 
 demo: .venv/installed
 	$(BIN)/paroattn demo
@@ -15,8 +16,17 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The kernels' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer. -S keeps the editable install out
+# of the way: the modules come from PYTHONPATH.
+sanitize: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/sanitized -C cmake.define.PAROATTN_SANITIZE=ON .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH="build/sanitized:$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
+	$(BIN)/python -S -m pytest -k "not memory and not compiled_part" tests/test_cpu.py
+
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

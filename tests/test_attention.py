@@ -12,6 +12,8 @@ from paroattn.grid import TokenGrid
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.quantize import Precision
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 LENGTHS = [1, 63, 64, 65, 200, 333]
 
 
@@ -164,22 +166,24 @@ def test_integer_precisions_err_as_their_steps_say():
     assert 0.003 < half < errors["int8"]
 
 
-def test_int8_follows_its_integer_arithmetic():
-    """One block, written out with torch integers: groups of 64 tokens, per-channel V, per-block P of 255 steps."""
+def test_int8_follows_its_integer_arithmetic(every_backend):
+    """One block, written out with torch integers: groups of 64 tokens, per-channel V, P of 255 steps."""
     query, key, value = (x[0, 0] for x in inputs(64, heads=1, head_dim=32))
-    centred = key - key.mean(0)
-    q_scale, k_scale, v_scale = query.abs().max() / 127, centred.abs().max() / 127, value.abs().amax(0) / 127
+    key_mean, value_mean = key.mean(0), value.mean(0)
+    q_scale, k_scale = query.abs().max() / 127, (key - key_mean).abs().max() / 127
+    v_scale = (value - value_mean).abs().amax(0) / 127
     q_int, k_int, v_int = (
         (query / q_scale).round().int(),
-        (centred / k_scale).round().int(),
-        (value / v_scale).round().int(),
+        ((key - key_mean) / k_scale).round().int(),
+        ((value - value_mean) / v_scale).round().int(),
     )
     logits = (q_int @ k_int.T).float() * (q_scale * k_scale * 32**-0.5)
     p = (logits - logits.amax(1, keepdim=True)).exp()
     p_scale = p.max() / 255
-    expected = ((p / p_scale).round().int() @ v_int).float() * p_scale * v_scale / p.sum(1, keepdim=True)
+    expected = ((p / p_scale).round().int() @ v_int).float() * p_scale * v_scale / p.sum(1, keepdim=True) + value_mean
     output = paroattn.attention(query[None, None], key[None, None], value[None, None], precision="int8")
-    assert error(output[0, 0], expected.double()) < 1e-6
+    # AVX-512 rounds log2(P) to steps of 1/64, that is P by 0.3% on average and some of it to the next integer.
+    assert error(output[0, 0], expected.double()) < (0.006 if "avx512" in every_backend else 1e-6)
 
 
 def test_a_constant_added_to_keys_costs_int8_nothing():
@@ -201,12 +205,13 @@ def test_each_head_may_have_its_own_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_inputs_give_16_bit_outputs_computed_in_float32(dtype):
+def test_16_bit_inputs_give_16_bit_outputs_with_float32_sums(dtype):
     query, key, value = inputs(200, dtype=dtype)
     expected, _ = oracles.dense_attention(query, key, value)
     output = paroattn.attention(query, key, value)
     assert output.dtype == dtype
-    assert error(output, expected) <= 1.01 * error(expected.to(dtype), expected) + 1e-6
+    products = 2 if dtype == torch.bfloat16 else 1.01  # bfloat16 input is multiplied as bfloat16
+    assert error(output, expected) <= products * error(expected.to(dtype), expected) + 1e-6
 
 
 @pytest.mark.parametrize("precision", ["exact", "bf16", "int8", "int4"])
@@ -254,7 +259,7 @@ def test_inference_only():
         ({"key_mask": torch.ones(1, 69, dtype=torch.bool)}, "key_mask is"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"tensor_layout": "DHN"}, "expected 'HND' or 'NHD'"),
-        ({"backend": "magic"}, "backend 'magic' is unknown; expected 'auto' or one of 'reference'"),
+        ({"backend": "magic"}, "backend 'magic' is unknown; expected 'auto' or one of"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

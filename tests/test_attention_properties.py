@@ -10,6 +10,8 @@ from test_attention import inputs, masks, permutations
 import paroattn
 from paroattn import BlockMask, Precision
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 
 @given(
     tokens=st.sampled_from((1, 63, 64, 65, 130, 200)),
@@ -70,7 +72,7 @@ def test_int8_with_masks_orders_and_compensation_stays_within_its_error(tokens, 
         compensate=compensate,
         return_lse=True,
     )
-    assert 0.005 < oracles.relative_error(output, expected) < 0.03
+    assert 0.002 < oracles.relative_error(output, expected) < 0.03
     assert (lse - expected_lse).abs().max() < 0.05
 
 

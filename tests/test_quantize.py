@@ -41,12 +41,14 @@ def test_channels_get_one_scale_each(number_format):
 @pytest.mark.parametrize(
     ("number_format", "steps", "largest"), [("int8", 255, 255), ("int8", 127, 127), ("int4", 255, 15), ("int4", 127, 7)]
 )
-@pytest.mark.parametrize("per_block", [True, False])
-def test_probabilities_use_the_declared_steps_and_scale(number_format, steps, largest, per_block):
+@pytest.mark.parametrize("granularity", ["block", "row", "fixed"])
+def test_probabilities_use_the_declared_steps_and_scale(number_format, steps, largest, granularity):
     p = torch.rand(2, 64, 3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0.5, 0.01]).view(3, 1)
-    quantized = quantize_probabilities(p, number_format, PQuantization(per_block, steps))
-    expected = p.amax((1, 3), keepdim=True) / largest if per_block else torch.full((2, 1, 3, 1), 1 / largest)
-    torch.testing.assert_close(quantized.scale, expected)
+    quantized = quantize_probabilities(p, number_format, PQuantization(granularity, steps))
+    step = torch.full((2, 1, 3, 1), 1 / largest)
+    if granularity != "fixed":
+        step = p.amax(3 if granularity == "row" else (1, 3), keepdim=True) / largest
+    torch.testing.assert_close(quantized.scale, step)
     assert quantized.values.min() >= 0
     assert quantized.values.max() <= largest
     assert ((quantized.values * quantized.scale - p).abs() <= 0.5001 * quantized.scale).all()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from paroattn.block_mask import BlockMask
 from paroattn.errors import PlanError
 from paroattn.grid import TokenGrid
-from paroattn.ops import attention, prepare
+from paroattn.ops import attention, backends, prepare
 from paroattn.plan import LayerPlan, Plan
 from paroattn.quantize import Precision
 
@@ -25,6 +25,7 @@ __all__ = [
     "TokenGrid",
     "apply",
     "attention",
+    "backends",
     "calibrate",
     "prepare",
 ]

@@ -78,9 +78,9 @@ class BlockMask:
                 f"block_mask is {mask.dtype} {list(mask.shape)}; expected torch.bool [heads, {expected[0]}, "
                 f"{expected[1]}] for {tokens} tokens in blocks of {block_q} x {block_kv}"
             )
-        empty = (~mask.any(-1)).nonzero()
-        if len(empty):
-            head, row = empty[0].tolist()
+        # Values are not known while a graph is traced.
+        if not torch.compiler.is_compiling() and not bool(mask.any(-1).all()):
+            head, row = (~mask.any(-1)).nonzero()[0].tolist()
             raise ValueError(
                 f"block_mask keeps no block in row {row} of head {head}; every row of blocks needs at least one"
             )

@@ -57,12 +57,13 @@ class PQuantization:
     """How a backend scales the probabilities P before rounding; P is relative to the row maximum found so far.
 
     Attributes:
-        per_block: one scale per block (block_q x block_kv) from its largest entry, as the paper has it; otherwise the
-            fixed scale 1, which P never exceeds.
+        granularity: "block": one scale per block (block_q x block_kv) from its largest entry, as the paper has it;
+            "row": one per row of a block, which costs kernels nothing, as it is the row's maximum in the block;
+            "fixed": the scale 1, which P never exceeds.
         steps: largest integer for 8 bits, 255 (unsigned) or 127 (signed); 4 bits use 15 or 7 accordingly.
     """
 
-    per_block: bool = True
+    granularity: Literal["block", "row", "fixed"] = "block"
     steps: Literal[127, 255] = 255
 
 
@@ -101,11 +102,14 @@ def quantize_channels(x: Tensor, number_format: NumberFormat) -> Quantized:
 
 
 def quantize_probabilities(p: Tensor, number_format: NumberFormat, how: PQuantization) -> Quantized:
-    """Round P [B, rows, blocks, block_kv], values in [0, 1]: same shape, scale [B, 1, blocks, 1]."""
+    """Round P [B, rows, blocks, block_kv], values in [0, 1]: same shape, scale [B, 1 or rows, blocks, 1]."""
     if not is_integer(number_format):
         return Quantized(round_to(p, number_format), torch.ones_like(p[:, :1, :, :1]))
     steps = how.steps if number_format == "int8" else how.steps // 16
-    largest = p.amax((1, 3), keepdim=True) if how.per_block else torch.ones_like(p[:, :1, :, :1])
+    if how.granularity == "fixed":
+        largest = torch.ones_like(p[:, :1, :, :1])
+    else:
+        largest = p.amax(3 if how.granularity == "row" else (1, 3), keepdim=True)
     scale = _scale(largest, steps)
     return Quantized((p / scale).round().clamp(max=steps), scale)
 

@@ -15,7 +15,7 @@ from paroattn.integrations.attach import Attachment, transformer_of
 from paroattn.integrations.descriptors import identify
 from paroattn.integrations.schedule import Schedule
 from paroattn.ops import PreparedAttention, prepare
-from paroattn.ops.backends import load_backend
+from paroattn.ops.backend import choose_backend
 from paroattn.plan import LayerPlan, ModelIdentity, Plan
 from paroattn.quantize import Precision
 
@@ -51,7 +51,13 @@ def apply(
     else:
         parsed = Precision.parse(precision)  # type: ignore[arg-type]
         layers = [LayerPlan(precisions=(parsed,) * identity.heads)] * identity.layers
-    load_backend(backend, [item for layer in layers for item in layer.precisions])
+    for layer in layers:
+        choose_backend(
+            backend,
+            layer.precisions,
+            block_shape=(layer.block_q, layer.block_kv),
+            compensate=layer.compensate is not None and bool(layer.compensate.any()),
+        )
     return Handle(pipe, plan, layers, backend)
 
 

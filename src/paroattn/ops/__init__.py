@@ -1,6 +1,7 @@
 """The attention operator: one door (`attention`, `prepare`), several backends behind it."""
 
 from paroattn.ops.attention import attention
+from paroattn.ops.backend import backends
 from paroattn.ops.prepared import PreparedAttention, prepare
 
-__all__ = ["PreparedAttention", "attention", "prepare"]
+__all__ = ["PreparedAttention", "attention", "backends", "prepare"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, BlockMask
-from paroattn.ops.backends import load_backend
+from paroattn.ops.backend import choose_backend
 from paroattn.order import check_permutation
 from paroattn.quantize import Precision
 
@@ -108,15 +108,24 @@ def attention(
     if permutation is not None:
         check_permutation(permutation, heads, tokens)
         permutation = permutation.to(query.device).expand(heads, tokens)
-    precisions = per_head(precision, heads, "precision", (str, Precision))
-    output, lse = load_backend(backend, parsed := [Precision.parse(item) for item in precisions]).attend(
+    block_mask = _checked_mask(block_mask, heads, tokens, query.device)
+    precisions = [Precision.parse(item) for item in per_head(precision, heads, "precision", (str, Precision))]
+    compensates = per_head(compensate, heads, "compensate", (bool,))
+    chosen = choose_backend(
+        backend,
+        precisions,
+        device=query.device,
+        block_shape=(BLOCK, BLOCK) if block_mask is None else (block_mask.block_q, block_mask.block_kv),
+        compensate=any(compensates),
+    )
+    output, lse = chosen.attend(
         query,
         key,
         value,
         permutation=permutation,
-        block_mask=_checked_mask(block_mask, heads, tokens, query.device),
-        precisions=parsed,
-        compensate=per_head(compensate, heads, "compensate", (bool,)),
+        block_mask=block_mask,
+        precisions=precisions,
+        compensate=compensates,
         key_mask=key_mask,
         scale=checked_scale(scale, head_dim),
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BlockMask, block_count, unpack_bits
 from paroattn.ops.attention import TensorLayout, check_layout, check_tensors, checked_scale
-from paroattn.ops.backends import load_backend
+from paroattn.ops.backend import choose_backend
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
 
@@ -63,7 +63,16 @@ class PreparedAttention:
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._backend = load_backend(backend, layer_plan.precisions)
+        self._compensate = layer_plan.compensate
+        if self._compensate is not None and not self._compensate.any():
+            self._compensate = None
+        self._backend = choose_backend(
+            backend,
+            layer_plan.precisions,
+            device=device,
+            block_shape=(layer_plan.block_q, layer_plan.block_kv),
+            compensate=self._compensate is not None,
+        )
         permutation = _moved(layer_plan.permutation, device)
         self._permutation = None if permutation is None else permutation.expand(layer_plan.heads, -1)
         self._mask_table = _moved(layer_plan.mask_table, device)
@@ -89,10 +98,12 @@ class PreparedAttention:
         plan = self.layer_plan
         block_mask, compensate = None, [False] * plan.heads
         if self._mask_table is not None and self._mask_index is not None:
-            bits = self._mask_table[self._mask_index[step.long()].long()]
+            # index_select reads the step on the device; indexing would ask for its value here.
+            masks = self._mask_index.index_select(0, step.reshape(1).long())[0]
+            bits = self._mask_table.index_select(0, masks.long())
             block_mask = BlockMask(bits, query.shape[2], plan.block_q, plan.block_kv)
-        if plan.compensate is not None:
-            compensate = plan.compensate[int(step)].tolist()
+        if self._compensate is not None:
+            compensate = self._compensate[int(step)].tolist()
         output, _ = self._backend.attend(
             query,
             key,

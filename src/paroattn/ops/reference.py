@@ -25,6 +25,19 @@ from paroattn.quantize import (
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
 
 
+def describe() -> str:
+    """What it runs on."""
+    return "plain PyTorch"
+
+
+def unavailable() -> None:
+    """It runs everywhere."""
+
+
+def unsupported(device: torch.device | None, block_shape: tuple[int, int], compensate: bool) -> None:
+    """It does everything."""
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -97,6 +110,10 @@ def _attend_head(
         shift = (q @ k_mean.mT).squeeze(-1) * scale
         k = k - k_mean
     q_int, k_int = quantize_tokens(q, precision.qk), quantize_tokens(k, precision.qk)
+    v_mean = torch.zeros_like(v[:, :1])
+    if is_integer(precision.pv):
+        v_mean = v.mean(1, keepdim=True)
+        v = v - v_mean  # the rows of P sum to 1: the output gets the mean back
     v_int = quantize_channels(v, precision.pv)
 
     def in_blocks(x: Tensor) -> Tensor:  # [B, N, ...] -> [B, kv blocks, block_kv, ...]
@@ -136,6 +153,7 @@ def _attend_head(
             mean_p = (mean_logits - row_max).exp()
             total = total + mean_p.sum(-1, keepdim=True)
             summed = summed + mean_p @ mean_v[:, ~kept]
-        output[:, rows] = torch.where(total > 0, summed / total, 0)  # total is 0 where key_mask hides every kept key
+        # total is 0 where key_mask hides every kept key
+        output[:, rows] = torch.where(total == 0, 0, summed / total + v_mean)
         lse[:, rows] = (total.log() + row_max).squeeze(-1) + shift[:, rows]
     return output, lse

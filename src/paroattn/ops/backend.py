@@ -1,0 +1,119 @@
+"""The backends by name, and which of them a call gets."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import BLOCK, BlockMask
+from paroattn.ops import cpu, reference
+from paroattn.quantize import Precision
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What a backend module provides."""
+
+    FORMATS: frozenset[str]
+
+    def describe(self) -> str:
+        """What it runs on here, in a few words."""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None if it can."""
+
+    def unsupported(self, device: torch.device | None, block_shape: tuple[int, int], compensate: bool) -> str | None:
+        """What of a call it does not do, or None; no device means that the tensors are not known yet."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        permutation: Tensor | None,
+        block_mask: BlockMask | None,
+        precisions: Sequence[Precision],
+        compensate: Sequence[bool],
+        key_mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of validated inputs in "HND" layout: output like query, lse float32 [B, H, N]."""
+
+
+_BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}  # "auto" tries them in this order
+
+
+def backends() -> dict[str, str]:
+    """The backends by name, with what each runs on here or why it cannot.
+
+    Example:
+        >>> paroattn.backends()["reference"]
+        'plain PyTorch'
+    """
+    return {name: backend.unavailable() or backend.describe() for name, backend in _BACKENDS.items()}
+
+
+def choose_backend(
+    name: str,
+    precisions: Sequence[Precision],
+    *,
+    device: torch.device | None = None,
+    block_shape: tuple[int, int] = (BLOCK, BLOCK),
+    compensate: bool = False,
+) -> Backend:
+    """The backend module for a kind of call; "auto" takes the first one that does it and says which, once.
+
+    Raises:
+        ValueError: unknown name, or the named backend does not do this.
+    """
+    if name != "auto":
+        if name not in _BACKENDS:
+            raise ValueError(
+                f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}"
+            )
+        reason = _refusal(name, precisions, device, block_shape, compensate)
+        if reason:
+            raise ValueError(reason)
+        return _BACKENDS[name]
+    reasons: list[str] = []
+    for candidate in _BACKENDS:
+        reason = _refusal(candidate, precisions, device, block_shape, compensate)
+        if not reason:
+            if not torch.compiler.is_compiling():
+                _log_choice(candidate, "; ".join(reasons))
+            return _BACKENDS[candidate]
+        reasons.append(reason)
+    raise ValueError(reasons[-1])
+
+
+def _refusal(
+    name: str,
+    precisions: Sequence[Precision],
+    device: torch.device | None,
+    block_shape: tuple[int, int],
+    compensate: bool,
+) -> str | None:
+    backend = _BACKENDS[name]
+    reason = backend.unavailable() or backend.unsupported(device, block_shape, compensate)
+    if reason:
+        return f"backend {name!r} cannot do this: {reason}"
+    for precision in precisions:
+        for number_format in (precision.qk, precision.pv):
+            if number_format not in backend.FORMATS:
+                return (
+                    f"precision {number_format!r} is not available in backend {name!r}; "
+                    f"it has {', '.join(sorted(backend.FORMATS))}"
+                )
+    return None
+
+
+@functools.lru_cache
+def _log_choice(name: str, reasons: str) -> None:
+    logger.info("backend 'auto' is %r (%s)%s", name, _BACKENDS[name].describe(), f": {reasons}" if reasons else "")

@@ -1,0 +1,297 @@
+"""The CPU backend: every kernel this machine has, against float64 and against the reference."""
+
+import os
+import subprocess
+import sys
+
+import oracles
+import pytest
+import torch
+from conftest import CPU_CAPABILITIES
+from test_attention import inputs, masks, permutations
+
+import paroattn
+from paroattn import BlockMask, Precision
+from paroattn.ops import cpu, reference
+from paroattn.ops.backend import choose_backend
+
+pytestmark = pytest.mark.skipif(not CPU_CAPABILITIES, reason="paroattn was installed without a compiler")
+
+PRECISIONS = ("exact", "bf16", "int8", "int4", "int8/exact", "exact/int8", "bf16/int4")
+
+
+@pytest.fixture(params=CPU_CAPABILITIES)
+def capability(request, monkeypatch):
+    monkeypatch.setenv(cpu.CAPABILITY_VARIABLE, request.param)
+    return request.param
+
+
+def kind_of_inputs(kind, tokens, head_dim):
+    query, key, value = inputs(tokens, heads=3, head_dim=head_dim, batch=2)
+    position = torch.arange(tokens) / tokens
+    waves = torch.stack([torch.sin(position * (6 + d)) for d in range(head_dim)], -1)
+    if kind == "smooth":
+        return tuple(waves + 0.1 * x for x in (query, key, value))
+    if kind == "peaky":
+        return 6 * query, key, value
+    if kind == "offset channels":
+        return query, key + 20 * (torch.arange(head_dim) % 5 == 0), value + 8 * (torch.arange(head_dim) % 3 == 0)
+    if kind == "zeros":
+        return 0 * query, 0 * key, 0 * value
+    if kind == "one-hot":
+        hot = torch.nn.functional.one_hot(torch.arange(tokens) % head_dim, head_dim).float().expand(query.shape)
+        return 4 * head_dim**0.5 * hot, hot, value
+    if kind == "large logits":
+        return 300 * query, 300 * key, value
+    if kind == "position-coded":
+        return query, key, torch.arange(tokens).view(-1, 1).expand(query.shape).float()
+    return query, key, value
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "smooth", "peaky", "offset channels", "zeros", "one-hot", "large logits", "position-coded"],
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_errors_are_at_most_twice_the_references(capability, kind, precision):
+    tokens = 330
+    for head_dim in (40, 128):
+        query, key, value = kind_of_inputs(kind, tokens, head_dim)
+        mask, order = masks(3, tokens, seed=head_dim), permutations(3, tokens)
+        common = {"permutation": order, "key_mask": torch.rand(2, tokens) < 0.9, "return_lse": True}
+        exact, exact_lse = oracles.sparse_attention(query, key, value, mask, order, common["key_mask"])
+        errors = {}
+        for backend in ("reference", "cpu"):
+            output, lse = paroattn.attention(
+                query, key, value, block_mask=mask, precision=precision, backend=backend, **common
+            )
+            errors[backend] = ((output - exact).norm() / (1e-30 + exact.norm()), (lse - exact_lse).norm())
+        assert errors["cpu"][0] <= 2 * errors["reference"][0] + 1e-6
+        # A logit's own rounding to float32 and, with integer P, of its power of two to steps of 1/64.
+        floor = 3e-7 * exact_lse.norm() + (0.003 * exact_lse.numel() ** 0.5 if "int" in precision else 0)
+        assert errors["cpu"][1] <= 2 * errors["reference"][1] + floor
+
+
+@pytest.mark.parametrize("number_format", ["int8", "int4"])
+@pytest.mark.parametrize("capability", [name for name in CPU_CAPABILITIES if "avx512" not in name], indirect=True)
+def test_integers_are_the_references(capability, number_format):
+    """These kernels compute the exponent in float32, so only roundings at the middle of a step may fall otherwise."""
+    query, key, value = inputs(200, head_dim=32)
+    arguments = {"permutation": None, "block_mask": None, "precisions": [Precision.parse(number_format)] * 2}
+    arguments |= {"compensate": [False] * 2, "key_mask": None, "scale": 0.2}
+    expected, _ = reference.attend(query, key, value, p_quantization=cpu.P_QUANTIZATION, **arguments)
+    output, _ = cpu.attend(query, key, value, **arguments)
+    assert oracles.relative_error(output, expected) < 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 63, 64, 65, 80, 127, 128])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 129])
+def test_any_size_fits(capability, tokens, head_dim):
+    query, key, value = inputs(tokens, heads=4, key_heads=2, head_dim=head_dim)
+    expected, expected_lse = oracles.dense_attention(query, key, value)
+    for precision, allowed in (("exact", 1e-6), ("bf16", 0.01), ("int8", 0.05)):
+        output, lse = paroattn.attention(query, key, value, precision=precision, backend="cpu", return_lse=True)
+        assert oracles.relative_error(output, expected) < allowed
+        assert (lse - expected_lse).abs().max() < max(10 * allowed, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_comes_back(capability, dtype):
+    """With one token P is 1 and the output is the value: all 65,536 bit patterns through loading and storing."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(2**9, 1, 1, 128)
+    value = bits.view(dtype)
+    output = paroattn.attention(torch.zeros_like(value), torch.zeros_like(value), value, backend="cpu")
+    finite = value.isfinite()
+    flushed = finite & (value.abs() < torch.finfo(dtype).tiny) & (output == 0)
+    assert torch.equal(output[finite & ~flushed], value[finite & ~flushed])
+    if capability != "avx512_bf16" or dtype != torch.bfloat16:  # vdpbf16ps takes subnormal numbers for zero
+        assert (value[flushed] == 0).all()
+    assert not output[~finite].isfinite().any()  # not infinite either: infinity times the padding's zero is NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outputs_are_rounded_to_the_nearest(capability, dtype):
+    """Averages of two neighbours lie on ties and between them; torch's own conversion is the oracle."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2**15 - 2**11, (2**12, 1, 2, 64), generator=generator)
+    bits[:, :, 1] = bits[:, :, 0] + torch.randint(-3, 4, bits[:, :, 0].shape, generator=generator)
+    value = bits.clamp(0, 2**15 - 2**11).to(torch.int16).view(dtype)
+    value = value.where(value.float().abs() < 1e4, 1.0).where(value.float().abs() > 1e-3, 1.0)
+    zeros = torch.zeros_like(value)
+    expected = value.float().mean(2, keepdim=True).to(dtype).expand_as(value)
+    assert torch.equal(paroattn.attention(zeros, zeros, value, precision="exact", backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8", "int4"])
+def test_threads_and_repetitions_change_no_bit(capability, precision):
+    query, key, value = inputs(2500, heads=3, head_dim=48)
+    mask, order = masks(3, 2500), permutations(3, 2500)
+    results = []
+    for threads in (1, 2, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            results.append(
+                paroattn.attention(
+                    query, key, value, permutation=order, block_mask=mask, precision=precision, return_lse=True
+                )
+            )
+        finally:
+            torch.set_num_threads(before)
+    for output, lse in results[1:]:
+        assert torch.equal(output, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+def test_exactly_the_kept_blocks_are_visited(capability):
+    tokens = 700
+    query, key, value = inputs(tokens, heads=2)
+    mask = masks(2, tokens)
+    output, lse = torch.empty_like(query), torch.empty(1, 2, tokens)
+    bits = BlockMask.from_dense(mask, tokens).bits
+    formats = "exact,int8"
+    visited, seconds = cpu.run_kernel(query, key, value, None, bits, [64, 64], None, formats, formats, 0.2, output, lse)
+    assert visited == mask.sum()
+    assert seconds > 0
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("poisoned", [0, 1, 2])
+def test_nan_reaches_the_rows_that_read_it_and_no_other_head(capability, precision, poisoned):
+    tensors = inputs(256, heads=2, head_dim=32)
+    mask = torch.eye(4, dtype=torch.bool).expand(2, 4, 4)
+    clean = paroattn.attention(*tensors, block_mask=mask, precision=precision, backend="cpu")
+    tensors[poisoned][0, 0, 70, 3] = torch.nan
+    output, lse = paroattn.attention(*tensors, block_mask=mask, precision=precision, backend="cpu", return_lse=True)
+    rows = slice(70, 71) if poisoned == 0 else slice(64, 128)
+    assert output[0, 0, rows, 3].isnan().all()
+    assert poisoned == 2 or lse[0, 0, rows].isnan().all()
+    assert torch.equal(output[0, 1], clean[0, 1])
+    if precision in ("exact", "bf16"):  # integers share a scale with their block, means with the whole head
+        assert torch.equal(output[0, 0, 128:], clean[0, 0, 128:])
+        assert torch.equal(output[0, 0, :64], clean[0, 0, :64])
+
+
+def test_the_layouts_strides_are_read_in_place(capability):
+    wide = torch.randn(2, 100, 3, 5, 48, generator=torch.Generator().manual_seed(0))  # tokens, then q k v of 5 heads
+    query, key, value = wide.unbind(2)
+    output = paroattn.attention(query, key, value, tensor_layout="NHD", precision="int8", backend="cpu")
+    packed = [x.contiguous() for x in (query, key, value)]
+    assert torch.equal(output, paroattn.attention(*packed, tensor_layout="NHD", precision="int8", backend="cpu"))
+    backwards = [x.mT.contiguous().mT for x in packed]  # channels are not adjacent
+    assert torch.equal(output, paroattn.attention(*backwards, tensor_layout="NHD", precision="int8", backend="cpu"))
+
+
+def test_torch_accepts_the_operator(capability):
+    query, key, value = inputs(100, heads=2)
+    bits = BlockMask.from_dense(masks(2, 100), 100).bits
+    torch.library.opcheck(
+        torch.ops.paroattn.cpu_attention,
+        (query, key, value, permutations(2, 100), bits, [64, 64], None, "int8,exact", "int8,bf16", 0.25),
+    )
+
+
+def test_one_graph_holds_the_call(monkeypatch):
+    query, key, value = inputs(100, heads=2)
+    mask, order = masks(2, 100), permutations(2, 100)
+
+    def call(query, key, value):
+        return paroattn.attention(2 * query, key, value, permutation=order, block_mask=mask, precision="int8") + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query, key, value), call(query, key, value))
+
+
+def test_a_prepared_layer_is_one_graph_for_all_steps():
+    from test_prepared import LAYER, TOKENS
+
+    query, key, value = inputs(TOKENS, heads=3)
+    plan = paroattn.LayerPlan(
+        precisions=LAYER.precisions,
+        permutation=LAYER.permutation,
+        mask_table=LAYER.mask_table,
+        mask_index=LAYER.mask_index,
+        tokens=TOKENS,
+    )
+    op = paroattn.prepare(plan, device="cpu", dtype=torch.float32, tensor_layout="HND", backend="cpu")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for bucket in (0, 1):
+        step = torch.tensor(bucket)
+        assert torch.equal(compiled(query, key, value, step=step), op(query, key, value, step=step))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compensate": True}, "backend 'cpu' cannot do this: compensate is True"),
+        ({"block_shape": (64, 16)}, "backend 'cpu' cannot do this: block_mask has blocks of 64 x 16"),
+        ({"device": torch.device("meta")}, "backend 'cpu' cannot do this: the tensors are on meta"),
+    ],
+)
+def test_what_it_does_not_do_is_named_and_auto_takes_the_reference(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        choose_backend("cpu", [Precision()], **arguments)
+    assert choose_backend("auto", [Precision()], **arguments) is reference
+    assert choose_backend("auto", [Precision()]) is cpu
+
+
+def test_indices_out_of_range_are_refused(capability):
+    query, key, value = inputs(100, heads=1)
+    order = torch.arange(100).unsqueeze(0)
+    order[0, 5] = 100
+    for wrong in (order, -order):
+        with pytest.raises(ValueError, match="permutation holds"):
+            torch.ops.paroattn.cpu_attention(query, key, value, wrong, None, [64, 64], None, "exact", "exact", 0.1)
+
+
+def test_an_unknown_capability_is_named(monkeypatch):
+    monkeypatch.setenv(cpu.CAPABILITY_VARIABLE, "avx9")
+    with pytest.raises(ValueError, match=r"PAROATTN_CPU_CAPABILITY is 'avx9'; this CPU has baseline"):
+        paroattn.attention(*inputs(10), backend="cpu")
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_without_the_compiled_part_everything_else_works():
+    code = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+sys.modules["paroattn.ops._cpu"] = None  # importing it fails
+import paroattn, torch
+x = torch.randn(1, 1, 64, 8)
+paroattn.attention(x, x, x), paroattn.attention(x, x, x)
+print(paroattn.backends()["cpu"])
+try:
+    paroattn.attention(x, x, x, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    finished = run_python(code)
+    described, refused = finished.stdout.splitlines()
+    assert "its compiled part is missing" in described
+    assert refused == f"backend 'cpu' cannot do this: {described}"
+    assert finished.stderr.count("backend 'auto' is 'reference'") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_memory_beyond_inputs_and_output_is_less_than_twice_the_packed_inputs():
+    code = """
+import pathlib, torch
+import paroattn
+heads, tokens, dim = 8, 16384, 128
+query, key, value = (torch.ones(1, heads, tokens, dim) for _ in range(3))
+paroattn.attention(query[:, :, :64], key[:, :, :64], value[:, :, :64], precision="int8", backend="cpu")
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+before = peak()
+output = paroattn.attention(query, key, value, precision="int8", backend="cpu")
+print((peak() - before - output.nbytes) / (3 * heads * tokens * dim))
+"""
+    finished = run_python(code)
+    assert 0.5 < float(finished.stdout) < 2, finished.stderr
