@@ -23,7 +23,7 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH="build/sanitized:$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
-	$(BIN)/python -S -m pytest -k "not memory and not compiled_part" tests/test_cpu.py
+	$(BIN)/python -S -m pytest -s -k "not memory and not compiled_part" tests/test_cpu.py
 
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt $(wildcard csrc/*)

@@ -150,7 +150,7 @@ def test_exactly_the_kept_blocks_are_visited(capability):
     output, lse = torch.empty_like(query), torch.empty(1, 2, tokens)
     bits = BlockMask.from_dense(mask, tokens).bits
     formats = "exact,int8"
-    visited, seconds = cpu.run_kernel(query, key, value, None, bits, [64, 64], None, formats, formats, 0.2, output, lse)
+    visited, seconds = cpu.run_kernel(output, lse, query, key, value, None, bits, [64, 64], None, formats, formats, 0.2)
     assert visited == mask.sum()
     assert seconds > 0
 

@@ -304,6 +304,80 @@ def inspect(path: Path, as_json: bool) -> None:
     console.print(heads)
 
 
+@main.group()
+def bench() -> None:
+    """Time the operator beside what PyTorch has."""
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(item) for item in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}; expected numbers separated by commas, such as 1,0.3") from None
+
+
+@bench.command(
+    "attention",
+    epilog=_examples(
+        "paroattn bench attention --tokens 17776 --heads 2 --head-dim 64 --densities 1,0.5,0.3,0.2",
+        "paroattn bench attention --tokens 4096 --precisions bf16,int8 --output attention.jsonl",
+    ),
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Sequence length.")
+@click.option("--heads", type=click.IntRange(min=1), default=2, show_default=True, help="Attention heads.")
+@click.option("--head-dim", type=click.IntRange(1, 128), default=64, show_default=True, help="Channels per head.")
+@click.option("--densities", callback=_numbers, default="1,0.5,0.3,0.2", show_default=True, help="Shares of blocks.")
+@click.option("--precisions", default="exact,int8", show_default=True, help="exact, bf16, int8, int4 or qk/pv pairs.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Rounds of all contenders.")
+@click.option("--unequal", is_flag=True, help="Let the heads' densities differ by up to a factor of three.")
+@click.option("--flex/--no-flex", default=True, show_default=True, help="Also time compiled FlexAttention.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the records to this file.")
+@_seed_option
+@_backend_option
+@click.option("--json", "as_json", is_flag=True, help="Print the records, one JSON line each.")
+def bench_attention(
+    tokens: int, heads: int, head_dim: int, precisions: str, output: Path | None, as_json: bool, **settings: Any
+) -> None:
+    """Time attention on random inputs with random masks, after a check against float64.
+
+    Medians of interleaved rounds; ratios are to the faster of SDPA in fp32 and bf16, round by round.
+    """
+    from paroattn.evaluation.bench import Shape
+    from paroattn.evaluation.bench import bench_attention as run
+    from paroattn.evaluation.records import write_records
+
+    shape = Shape(tokens, heads, head_dim)
+    try:
+        records = run(shape, precisions=precisions.split(","), progress=not as_json, **settings)
+    except ArithmeticError as error:
+        raise click.ClickException(str(error)) from error
+    if output is not None:
+        write_records(records, output)
+    if as_json:
+        for record in records:
+            click.echo(json.dumps(record, sort_keys=True))
+        return
+    first = records[0]
+    table = Table("method", title=f"{tokens:,} tokens, {heads} heads, head_dim {head_dim}; {first['rounds']} rounds")
+    for column in ("density", "error", "median (ms)", "spread (ms)", "x SDPA"):
+        table.add_column(column, justify="right")
+    for record in records:
+        table.add_row(
+            f"{record['method']} {record['precision']}" + (", prologue out" if record["prologue"] is False else ""),
+            f"{record['density']:g}",
+            "" if record["error"] is None else f"{record['error']:.1e}",
+            f"{record['median_ms']:.2f}",
+            f"{record['spread_ms']:.2f}",
+            f"{record['times_sdpa']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    used = {record["backend"] for record in records if record["backend"]}
+    console.print(f"{first['machine']}, {first['threads']} threads; paroattn on: {', '.join(sorted(used))}")
+    if output is not None:
+        console.print(f"records: {output}", soft_wrap=True)
+
+
 def _prompts(
     model: Any,
     calibration: tuple[str, ...],

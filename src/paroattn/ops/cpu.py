@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,13 +77,28 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of validated inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
+    arguments = kernel_arguments(query, key, value, permutation, block_mask, precisions, key_mask, scale)
+    return torch.ops.paroattn.cpu_attention(*arguments)
+
+
+def kernel_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    permutation: Tensor | None,
+    block_mask: BlockMask | None,
+    precisions: Sequence[Precision],
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Any, ...]:
+    """A call in the types that operators may take: the arguments of `cpu_attention`."""
     mask_bits, block_shape = None, [BLOCK, BLOCK]
     if block_mask is not None:
         mask_bits, block_shape = block_mask.bits, [block_mask.block_q, block_mask.block_kv]
     qk = ",".join(_kernel_format(precision.qk, query.dtype) for precision in precisions)
     pv = ",".join(_kernel_format(precision.pv, query.dtype) for precision in precisions)
     tensors = (_with_adjacent_channels(x.detach()) for x in (query, key, value))
-    return torch.ops.paroattn.cpu_attention(*tensors, permutation, mask_bits, block_shape, key_mask, qk, pv, scale)
+    return (*tensors, permutation, mask_bits, block_shape, key_mask, qk, pv, scale)
 
 
 def _kernel_format(number_format: str, dtype: torch.dtype) -> str:
@@ -113,7 +129,7 @@ def cpu_attention(
     are the formats of the heads, separated by commas.
     """
     output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
-    run_kernel(query, key, value, permutation, mask_bits, block_shape, key_mask, qk, pv, scale, output, lse)
+    run_kernel(output, lse, query, key, value, permutation, mask_bits, block_shape, key_mask, qk, pv, scale)
     return output, lse
 
 
@@ -123,6 +139,8 @@ def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def run_kernel(
+    output: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,8 +151,6 @@ def run_kernel(
     qk: str,
     pv: str,
     scale: float,
-    output: Tensor,
-    lse: Tensor,
 ) -> tuple[int, float]:
     """Fill output and lse; returns how many pairs of blocks were computed and the seconds until k and v were packed."""
     return _cpu.attend(

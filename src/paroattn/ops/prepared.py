@@ -74,7 +74,9 @@ class PreparedAttention:
             compensate=self._compensate is not None,
         )
         permutation = _moved(layer_plan.permutation, device)
-        self._permutation = None if permutation is None else permutation.expand(layer_plan.heads, -1)
+        if permutation is not None:
+            permutation = permutation.to(torch.int32).expand(layer_plan.heads, -1)
+        self._permutation = permutation
         self._mask_table = _moved(layer_plan.mask_table, device)
         self._mask_index = _moved(layer_plan.mask_index, device)
 
