@@ -10,7 +10,7 @@
 namespace paroattn {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // tokens per task of statistics; fixed, so that sums never depend on the threads
+constexpr int64_t kChunk = 256;  // tokens per task of statistics; fixed, so that sums never depend on the threads
 
 Kernel kernel_for(Capability capability, const Head& head) {
   switch (capability) {
@@ -111,20 +111,26 @@ Report run(std::vector<Head>& heads, Capability capability, int threads) {
 
   const int64_t tokens = heads[0].tokens, blocks = block_count(tokens), chunks = (tokens + kChunk - 1) / kChunk;
   const int64_t head_count = int64_t(heads.size());
+  // A few heads at a time, so that their k and v are still in the cache when they are read again to be packed.
+  const int64_t together = std::max(1, threads / 8);
   std::vector<Moments> moments(head_count * chunks);
   int64_t visited = 0;
 #pragma omp parallel num_threads(threads)
   {
+    for (int64_t first = 0; first < head_count; first += together) {
+      const int64_t count = std::min(together, head_count - first);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < head_count * chunks; ++task) {
-      const int64_t head = task / chunks, first = task % chunks * kChunk;
-      kernels[head].measure(heads[head], first, std::min(first + kChunk, tokens), moments[task]);
-    }
+      for (int64_t task = 0; task < count * chunks; ++task) {
+        const int64_t head = first + task / chunks, token = task % chunks * kChunk;
+        kernels[head].measure(heads[head], token, std::min(token + kChunk, tokens), moments[head * chunks + task % chunks]);
+      }
 #pragma omp for schedule(static)
-    for (int64_t head = 0; head < head_count; ++head) combine(heads[head], &moments[head * chunks], chunks);
+      for (int64_t head = first; head < first + count; ++head) combine(heads[head], &moments[head * chunks], chunks);
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t task = 0; task < head_count * blocks; ++task) {
-      kernels[task / blocks].pack(heads[task / blocks], task % blocks);
+      for (int64_t task = 0; task < count * blocks; ++task) {
+        const int64_t head = first + task / blocks;
+        kernels[head].pack(heads[head], task % blocks);
+      }
     }
 #pragma omp single nowait
     packed = Clock::now();
