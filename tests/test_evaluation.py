@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness
 from paroattn.evaluation.pairs import FULL, Variant, VariantResult, evaluate_variants
 from paroattn.evaluation.records import evaluation_records, write_records
@@ -48,14 +49,34 @@ def test_variants_are_compared_pair_by_pair_with_full_attention(evaluation):
 
 def test_mean_spread_and_paired_gain():
     def result(*psnr):
-        return VariantResult(Variant("x", None), tuple(Closeness(value, 1, 1) for value in psnr))
+        return VariantResult(Variant("x", None), tuple(Closeness(value, 1, 1) for value in psnr), (2.0, 3.0, 7.0))
 
     assert result(20, 24).mean("psnr") == 22
     assert result(20, 24).spread("psnr") == pytest.approx(math.sqrt(8))
     assert result(21).spread("psnr") == 0
+    assert result(21).speed_up == 3
     gain, error = result(20, 24, 28).gain_over(result(19, 22, 25))
     assert gain == 2
     assert error == pytest.approx(1 / math.sqrt(3))
+
+
+def test_the_clock_counts_the_transformer_alone(model, monkeypatch):
+    times = iter(range(100))
+    monkeypatch.setattr("paroattn.evaluation.clock.time.perf_counter", lambda: next(times))
+    calls = []
+    hook = model.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    with TransformerClock(model.pipe.transformer) as clock:
+        model.generate("first", 1)
+    model.generate("first", 1)  # outside the block nothing counts
+    hook.remove()
+    assert clock.seconds == len(calls) / 2 > 0
+
+
+def test_speed_ups_are_ratios_of_seconds_pair_by_pair(evaluation):
+    for result in evaluation.results:
+        own, full = evaluation.seconds[result.variant.name], evaluation.seconds[FULL]
+        assert min(own + full) > 0
+        assert result.speed_ups == tuple(a / b for a, b in zip(full, own, strict=True))
 
 
 def test_records_are_json_lines_with_every_pair(model, evaluation, tmp_path):

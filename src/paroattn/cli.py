@@ -442,7 +442,7 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
         return
     pairs = len(evaluation.pairs)
     table = Table("variant", title=f"closeness to full attention over {pairs} prompt/seed pairs, mean ± spread")
-    for column in ("density", "PSNR (dB)", "SSIM", "cosine similarity"):
+    for column in ("density", "PSNR (dB)", "SSIM", "cosine", "speed-up"):
         table.add_column(column, justify="right")
     for result in evaluation.results:
         table.add_row(
@@ -451,6 +451,7 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
             f"{result.mean('psnr'):.2f} ± {result.spread('psnr'):.2f}",
             f"{result.mean('ssim'):.4f} ± {result.spread('ssim'):.4f}",
             f"{result.mean('cosine'):.4f} ± {result.spread('cosine'):.4f}",
+            f"{result.speed_up:.2f}x",
         )
     console = Console()
     console.print(table)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from paroattn.calibration.select import CalibrationStatistics, select_plan
+from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness, compare
 from paroattn.integrations.apply import apply
+from paroattn.integrations.attach import transformer_of
 from paroattn.integrations.video_model import VideoModel
 from paroattn.plan import Plan
 
@@ -29,10 +32,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """Closeness of one variant to full attention, pair by pair."""
+    """Closeness of one variant to full attention, and how much faster the transformer was, pair by pair."""
 
     variant: Variant
     closeness: tuple[Closeness, ...]
+    speed_ups: tuple[float, ...]
+
+    @property
+    def speed_up(self) -> float:
+        """Median over the pairs: seconds in the transformer with full attention over seconds with the variant."""
+        return statistics.median(self.speed_ups)
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(self._values(metric))
@@ -60,11 +69,13 @@ class Evaluation:
         pairs: prompts and seeds.
         results: one per variant.
         videos: by variant name ("full attention" for the reference), one [F, 3, H, W] per pair.
+        seconds: by variant name, time in the transformer per pair.
     """
 
     pairs: tuple[Pair, ...]
     results: list[VariantResult] = field(default_factory=list)
     videos: dict[str, list[Tensor]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
 FULL = "full attention"
@@ -78,26 +89,24 @@ def evaluate_variants(
     backend: str = "auto",
     progress: bool = True,
 ) -> Evaluation:
-    """Generate every pair with full attention and with every variant, and compare."""
+    """Generate every pair with full attention and with every variant, one after the other, and compare."""
     evaluation = Evaluation(pairs=tuple(pairs))
-    total = len(pairs) * (len(variants) + 1)
-    with tqdm(total=total, desc="generation", unit="video", disable=not progress) as bar:
-
-        def generate_all(name: str) -> list[Tensor]:
-            videos = []
-            for prompt, seed in pairs:
+    contenders = [(FULL, None), *((variant.name, variant.plan) for variant in variants)]
+    evaluation.videos = {name: [] for name, _ in contenders}
+    evaluation.seconds = {name: [] for name, _ in contenders}
+    with tqdm(total=len(pairs) * len(contenders), desc="generation", unit="video", disable=not progress) as bar:
+        for prompt, seed in pairs:
+            for name, plan in contenders:
                 bar.set_postfix_str(name)
-                videos.append(model.generate(prompt, seed))
+                applied = nullcontext() if plan is None else apply(model.pipe, plan, backend=backend)
+                with applied, TransformerClock(transformer_of(model.pipe)) as clock:
+                    evaluation.videos[name].append(model.generate(prompt, seed))
+                evaluation.seconds[name].append(clock.seconds)
                 bar.update()
-            return videos
-
-        evaluation.videos[FULL] = generate_all(FULL)
-        for variant in variants:
-            with apply(model.pipe, variant.plan, backend=backend):
-                videos = generate_all(variant.name)
-            closeness = tuple(map(compare, videos, evaluation.videos[FULL]))
-            evaluation.videos[variant.name] = videos
-            evaluation.results.append(VariantResult(variant, closeness))
+    for variant in variants:
+        closeness = tuple(map(compare, evaluation.videos[variant.name], evaluation.videos[FULL]))
+        seconds = zip(evaluation.seconds[FULL], evaluation.seconds[variant.name], strict=True)
+        evaluation.results.append(VariantResult(variant, closeness, tuple(full / own for full, own in seconds)))
     return evaluation
 
 

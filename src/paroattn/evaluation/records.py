@@ -14,7 +14,7 @@ import diffusers
 import torch
 
 import paroattn
-from paroattn.evaluation.pairs import Evaluation, VariantResult
+from paroattn.evaluation.pairs import FULL, Evaluation, VariantResult
 from paroattn.files import write_atomically
 from paroattn.integrations.video_model import VideoModel
 
@@ -46,6 +46,9 @@ def _variant_record(result: VariantResult, evaluation: Evaluation) -> dict[str, 
         "precisions": [str(precision) for precision in plan.precisions],
         "calibration": dict(plan.provenance),
         **figures,
+        "speed_up": result.speed_up,
+        "transformer_seconds": evaluation.seconds[result.variant.name],
+        "full_attention_seconds": evaluation.seconds[FULL],
         "pairs": pairs,
     }
 
