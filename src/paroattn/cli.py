@@ -40,6 +40,11 @@ def _examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _console() -> Console:
+    """Files and pipes have no width, and rich would take 80 columns, too few for our tables."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 def _options(*decorators: Any) -> Any:
     def decorate(command: Any) -> Any:
         for decorator in reversed(decorators):
@@ -292,7 +297,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**facts, "orders": orders, "head densities": densities}, indent=2))
         return
-    console = Console()
+    console = _console()
     table = Table(show_header=False, title=str(path))
     for name, value in facts.items():
         shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
@@ -370,7 +375,7 @@ def bench_attention(
             f"{record['spread_ms']:.2f}",
             f"{record['times_sdpa']:.2f}",
         )
-    console = Console()
+    console = _console()
     console.print(table)
     used = {record["backend"] for record in records if record["backend"]}
     console.print(f"{first['machine']}, {first['threads']} threads; paroattn on: {', '.join(sorted(used))}")
@@ -453,7 +458,7 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
             f"{result.mean('cosine'):.4f} ± {result.spread('cosine'):.4f}",
             f"{result.speed_up:.2f}x",
         )
-    console = Console()
+    console = _console()
     console.print(table)
     by_name = {result.variant.name: result for result in evaluation.results}
     for name, result in by_name.items():
