@@ -3,7 +3,8 @@
     python benchmarks/update_tables.py          # rewrite the tables
     python benchmarks/update_tables.py --check  # exit 1 if a table differs from its records
 
-A table stands between `<!-- records: NAME -->` and `<!-- end -->`, and NAME.jsonl holds its records.
+A table stands between `<!-- records: NAME -->` and `<!-- end -->`, and NAME.jsonl holds its records. With
+`<!-- records: NAME density=0.3 -->` it shows those of one density only, beside dense SDPA.
 """
 
 from __future__ import annotations
@@ -15,36 +16,76 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "src/paroattn/models/moving_digits/README.md")
-TABLE = re.compile(r"(<!-- records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs/cpu.md", ROOT / "src/paroattn/models/moving_digits/README.md")
+TABLE = re.compile(r"(<!-- records: ([\w-]+)(?: density=([\d.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def evaluation_table(records: list[dict]) -> str:
+def evaluation_table(records: list[dict]) -> list[str]:
     lines = [
-        "| variant | density | PSNR (dB) | SSIM | cosine similarity |",
-        "|---|---|---|---|---|",
+        "| variant | density | PSNR (dB) | SSIM | cosine similarity | transformer |",
+        "|---|---|---|---|---|---|",
     ]
     for record in records:
         psnr = f"{record['psnr']:.2f} ± {record['psnr_spread']:.2f}"
         ssim = f"{record['ssim']:.4f} ± {record['ssim_spread']:.4f}"
         cosine = f"{record['cosine']:.4f} ± {record['cosine_spread']:.4f}"
-        lines.append(f"| {record['variant']} | {record['density']:.3f} | {psnr} | {ssim} | {cosine} |")
+        speed = f"{record['speed_up']:.2f}x"
+        lines.append(f"| {record['variant']} | {record['density']:.3f} | {psnr} | {ssim} | {cosine} | {speed} |")
     first = records[0]
     steps = first["settings"]["num_inference_steps"]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines += [
+    return [
+        *lines,
         "",
-        f"Mean ± standard deviation over {len(first['pairs'])} prompt/seed pairs; {first['grid']}, "
-        f"{steps} steps; {first['machine']}, {first['threads']} threads; {versions}.",
+        f"Mean ± standard deviation over {len(first['pairs'])} prompt/seed pairs; last column: median of the paired "
+        f"ratios of time in the transformer to full attention; {first['grid']}, {steps} steps; {surroundings(first)}.",
     ]
-    return "\n".join(lines) + "\n"
+
+
+def attention_table(records: list[dict]) -> list[str]:
+    """Times SDPA by contender and shape, and SDPA's own milliseconds; equal densities and prologue included only."""
+    shown = [record for record in records if record["prologue"] is not False and not record["unequal"]]
+    shapes = list(dict.fromkeys((record["tokens"], record["heads"], record["head_dim"]) for record in shown))
+    names = {"paroattn": "paroattn {precision}", "flex": "FlexAttention {precision}", "sdpa": "SDPA {precision}"}
+    rows: dict[tuple[str, float], dict] = {}
+    for record in shown:
+        name = names[record["method"]].format(**record)
+        cell = f"{record['times_sdpa']:.2f}x"
+        if record["method"] == "sdpa":
+            cell = f"{record['median_ms']:.0f} ms"
+        key = (name, record["density"])
+        rows.setdefault(key, {})[record["tokens"], record["heads"], record["head_dim"]] = cell
+    lines = [
+        "| | density | " + " | ".join(f"{tokens:,} x {dim}" for tokens, _, dim in shapes) + " |",
+        "|---|---|" + "---|" * len(shapes),
+    ]
+    for (name, density), cells in rows.items():
+        lines.append(f"| {name} | {density:g} | " + " | ".join(cells.get(shape, "") for shape in shapes) + " |")
+    first = shown[0]
+    backend = next(record["backend"] for record in shown if record["backend"])
+    heads = ", ".join(f"{tokens:,} tokens: {heads} heads" for tokens, heads in dict(s[:2] for s in shapes).items())
+    return [
+        *lines,
+        "",
+        "Tokens x head_dim. Speed is against the faster of SDPA in fp32 and bf16, as the median of the ratios of "
+        f"interleaved rounds; quantising and reordering are included. {heads}. {surroundings(first)} ({backend}).",
+    ]
+
+
+def surroundings(record: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['machine']}, {record['threads']} threads; {versions}"
+
+
+KINDS = {"evaluation": evaluation_table, "attention": attention_table}
 
 
 def updated(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "records" / f"{match[2]}.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        return match[1] + evaluation_table(records) + match[3]
+        if match[3]:
+            records = [item for item in records if item["density"] == float(match[3]) or item["method"] == "sdpa"]
+        return match[1] + "\n".join(KINDS[records[0]["kind"]](records)) + "\n" + match[4]
 
     return TABLE.sub(fill, text)
 

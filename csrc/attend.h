@@ -2,9 +2,9 @@
 // each of 4 strips, whose sums fit into registers.
 //
 // For each strip: scores = q k^T (`Scores::compute`), P = 2^(score - maximum) (`Values::exponent`), output += P v
-// (`Values::add`). The maxima of a whole band are brought up to date at once (`update_max`). The exponents of a strip run
-// between the products of the scores of the same strip in the next band, so that both kinds of instructions keep the
-// CPU busy.
+// (`Values::add`). The maxima of a whole band are brought up to date at once (`update_max`). The exponents of a strip
+// run between the products of the scores of the same strip in the next band, so that both kinds of instructions keep
+// the CPU busy.
 //
 // P is relative to the largest score of its row within the block and so uses all steps of an integer format; `weight`
 // brings it to the row's maximum over the blocks seen so far.

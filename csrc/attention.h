@@ -2,8 +2,8 @@
 //
 // A head's tokens are cut into blocks of 64 in the reordered sequence. Work goes through three stages: `measure` takes
 // statistics of K and V, `pack` gathers, shifts and quantises one block of k and v into the layout the products want,
-// `attend` does that with one block of q and computes its rows. Each kernel is one implementation of these stages for a CPU and a pair of
-// number formats; threads.cpp runs them.
+// `attend` does that with one block of q and computes its rows. Each kernel is one implementation of these stages for a
+// CPU and a pair of number formats; threads.cpp runs them.
 #pragma once
 
 #include <cstddef>
@@ -56,9 +56,9 @@ struct Head {
   float value_scale[kMaxHeadDim];  // per channel; one in floating-point formats
 
   char *packed_key, *packed_value;  // blocks one after another
-  uint32_t* score_start;           // [blocks][64]: what a column's score starts from, int32 or float as the kernel needs
-  float* key_scale;                // [blocks]
-  uint64_t* shown;                 // [blocks]: columns that exist and are not hidden, one bit each in the order of the exponents
+  uint32_t* score_start;            // [blocks][64]: what a column's score starts from, int32 or float
+  float* key_scale;                 // [blocks]
+  uint64_t* shown;                  // [blocks]: bits of columns that exist and are not hidden, as exponents order them
 };
 
 // Blocks that cover the head's tokens.

@@ -57,8 +57,8 @@ struct Bfloat16 : Float32 {
 };
 #endif
 
-// sums += 4 rows of words times 64 columns, over STEPS words. A row's words are adjacent, rows ROW_WORDS apart; a step's
-// words of all columns are adjacent, steps STEP_WORDS apart.
+// sums += 4 rows of words times 64 columns, over STEPS words. A row's words are adjacent, rows ROW_WORDS apart; the
+// words of a step, one per column, are adjacent, steps STEP_WORDS apart.
 template <class Element, int STEPS, int ROW_WORDS, int STEP_WORDS>
 PAROATTN_INLINE void multiply(typename Element::Sums (&sums)[kStripRows][4], const uint32_t* rows,
                               const uint32_t* columns) {

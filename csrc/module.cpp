@@ -47,9 +47,8 @@ void check_range(const Permutation& permutation) {
   const int64_t tokens = int64_t(permutation.shape(1));
   for (size_t i = 0; i < permutation.size(); ++i) {
     if (permutation.data()[i] < 0 || permutation.data()[i] >= tokens) {
-      throw nb::value_error(("permutation holds " + std::to_string(permutation.data()[i]) + "; expected numbers from 0 to " +
-                             std::to_string(tokens - 1))
-                                .c_str());
+      const std::string found = "permutation holds " + std::to_string(permutation.data()[i]);
+      throw nb::value_error((found + "; expected numbers from 0 to " + std::to_string(tokens - 1)).c_str());
     }
   }
 }

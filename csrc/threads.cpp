@@ -88,9 +88,9 @@ Capability best_capability() {
 #ifdef PAROATTN_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::kAvx512Bf16;
   if (avx512) return Capability::kAvx512Vnni;
   if (avx2) return Capability::kAvx2;
@@ -99,6 +99,7 @@ Capability best_capability() {
 }
 
 Report run(std::vector<Head>& heads, Capability capability, int threads) {
+  if (heads.empty()) return {};  // no batch elements
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   auto packed = start;
@@ -121,8 +122,9 @@ Report run(std::vector<Head>& heads, Capability capability, int threads) {
       const int64_t count = std::min(together, head_count - first);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < count * chunks; ++task) {
-        const int64_t head = first + task / chunks, token = task % chunks * kChunk;
-        kernels[head].measure(heads[head], token, std::min(token + kChunk, tokens), moments[head * chunks + task % chunks]);
+        const int64_t head = first + task / chunks, chunk = task % chunks;
+        const int64_t end = std::min((chunk + 1) * kChunk, tokens);
+        kernels[head].measure(heads[head], chunk * kChunk, end, moments[head * chunks + chunk]);
       }
 #pragma omp for schedule(static)
       for (int64_t head = first; head < first + count; ++head) combine(heads[head], &moments[head * chunks], chunks);

@@ -43,8 +43,8 @@ inline float sum_of_16(const float* x) {
 
 constexpr float kRoundingConstant = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
 
-// 2^x for x <= 126; what is below 2^-125 becomes 2^-125, NaN stays NaN, 0 gives exactly 1. The relative error is that of
-// the Taylor series of 2^f for |f| <= 0.5: 4e-5 for DEGREE 4, below float's own for DEGREE 6.
+// 2^x for x <= 126; what is below 2^-125 becomes 2^-125, NaN stays NaN, 0 gives exactly 1. The relative error is that
+// of the Taylor series of 2^f for |f| <= 0.5: 4e-5 for DEGREE 4, below float's own for DEGREE 6.
 template <int LANES, int DEGREE>
 inline __attribute__((always_inline)) typename Vector<LANES>::Float exp2_clamped(
     typename Vector<LANES>::Float x) {

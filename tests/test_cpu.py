@@ -95,6 +95,11 @@ def test_any_size_fits(capability, tokens, head_dim):
         assert (lse - expected_lse).abs().max() < max(10 * allowed, 1e-5)
 
 
+def test_an_empty_batch_gives_an_empty_output():
+    query, key, value = (x[:0] for x in inputs(10))
+    assert paroattn.attention(query, key, value, backend="cpu").shape == query.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_comes_back(capability, dtype):
     """With one token P is 1 and the output is the value: all 65,536 bit patterns through loading and storing."""
