@@ -18,7 +18,7 @@ CAPABILITY_VARIABLE = "PAROATTN_CPU_CAPABILITY"
 
 _missing = None
 try:
-    from paroattn.ops import _cpu
+    import paroattn.ops._cpu as _cpu
 except ImportError as error:
     _missing = f"its compiled part is missing ({error}); install a C++17 compiler (g++ >= 11) and paroattn again"
 
