@@ -51,7 +51,7 @@ inline int64_t next_kept(const Head& head, const uint8_t* mask_row, int64_t bloc
 // Sets the band's weights, relative to the rows' maxima. Those follow the band's only when it exceeds them by more than
 // 2^8: a weight of up to 2^8 costs no accuracy in floating point, and what was gathered is rarely rescaled.
 template <int D>
-inline __attribute__((always_inline)) void update_max(Band& band, Gathered<D>& rows) {
+PAROATTN_INLINE void update_max(Band& band, Gathered<D>& rows) {
   using Float = Vector<kBandRows>::Float;
   const Float band_max = load_vector<kBandRows>(band.max) * band.factor;
   const Float old_max = load_vector<kBandRows>(rows.max + band.row);

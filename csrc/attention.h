@@ -9,6 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// For what runs per strip: as calls, its sums would leave the registers.
+#define PAROATTN_INLINE inline __attribute__((always_inline))
+
 namespace paroattn {
 
 constexpr int kBlock = 64;        // tokens per block

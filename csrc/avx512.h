@@ -8,8 +8,6 @@
 namespace paroattn {
 namespace {
 
-#define PAROATTN_INLINE inline __attribute__((always_inline))
-
 // ---- Elements and how 32-bit words of them are multiplied: sums += word * 16 words, over kDepth elements each.
 
 // Integers of 8 bits; vpdpbusd wants one side unsigned: q + 128 and P.
@@ -27,13 +25,8 @@ struct Int8 {
   static PAROATTN_INLINE __m512 to_float(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 };
 
-struct Float32 {
-  static constexpr int kDepth = 1;
-  static constexpr bool kUnsignedQuery = false;
-  using Storage = uint32_t;
+struct Float32 : FloatElement {
   using Sums = __m512;
-  static uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
-  static uint32_t hidden_score() { return bit_cast<uint32_t>(kHiddenScore); }
   static PAROATTN_INLINE Sums start(__m512i words) { return _mm512_castsi512_ps(words); }
   static PAROATTN_INLINE Sums multiply_add(Sums sums, __m512i word, __m512i words) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(word), _mm512_castsi512_ps(words), sums);

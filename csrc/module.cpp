@@ -54,9 +54,9 @@ void check_range(const Permutation& permutation) {
 }
 
 nb::tuple attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output, const Lse& lse,
-               const std::optional<Permutation>& permutation, const std::optional<Mask>& mask, int mask_block_q,
-               int mask_block_kv, const std::optional<KeyMask>& key_mask, const std::vector<std::string>& qk,
-               const std::vector<std::string>& pv, float scale, const std::string& capability, int threads) {
+                 const std::optional<Permutation>& permutation, const std::optional<Mask>& mask, int mask_block_q,
+                 int mask_block_kv, const std::optional<KeyMask>& key_mask, const std::vector<std::string>& qk,
+                 const std::vector<std::string>& pv, float scale, const std::string& capability, int threads) {
   const size_t batch = query.shape(0), heads = query.shape(1), tokens = query.shape(2);
   const size_t group = heads / key.shape(1);
   if (permutation) check_range(*permutation);

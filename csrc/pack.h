@@ -8,8 +8,8 @@
 //     key     [D / kDepth][64 tokens] words      ... and meets the same channels of 16 tokens
 //     value   [64 / kDepth][D] words             a word of P meets the same tokens of 16 channels
 //
-// Element types say how a number becomes bits: kDepth, Storage, `bits(float)` (the low bits count), and
-// `kUnsignedQuery`, where integers of q are stored plus 128 because the instruction wants one unsigned side.
+// Element types say how a number becomes bits: kDepth, Storage, `bits(float)` (the low bits count), the score of a
+// hidden column, and `kUnsignedQuery`, where integers of q are stored plus 128 because the instruction wants one unsigned side.
 #pragma once
 
 #include "rows.h"
@@ -20,6 +20,15 @@ namespace {
 
 constexpr float kSmallestScale = 1.17549435e-38f;  // values too small for a scale round to zero
 constexpr float kHiddenScore = -1e30f;
+
+// A number that fills its word. Kernels add what their products need.
+struct FloatElement {
+  static constexpr int kDepth = 1;
+  static constexpr bool kUnsignedQuery = false;
+  using Storage = uint32_t;
+  static uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
+  static uint32_t hidden_score() { return bit_cast<uint32_t>(kHiddenScore); }
+};
 
 // Tokens by channels; hidden and missing tokens and padding channels are zero.
 template <int D>

@@ -9,23 +9,13 @@
 namespace paroattn {
 namespace {
 
-#define PAROATTN_INLINE inline __attribute__((always_inline))
-
 // ---- Elements, all one float wide
 
-struct Float32 {
-  static constexpr int kDepth = 1;
-  static constexpr bool kUnsignedQuery = false;
-  using Storage = uint32_t;
-  static uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
-  static uint32_t hidden_score() { return bit_cast<uint32_t>(kHiddenScore); }
-};
-
-struct Bfloat16 : Float32 {
+struct Bfloat16 : FloatElement {
   static uint32_t bits(float x) { return uint32_t(to_bfloat16(x)) << 16; }
 };
 
-struct Integer : Float32 {
+struct Integer : FloatElement {
   static uint32_t bits(float x) { return bit_cast<uint32_t>((x + kRoundingConstant) - kRoundingConstant); }
 };
 
@@ -143,14 +133,14 @@ template <int LANES, class QueryKey, int D>
 Kernel kernel_for_pv(Format pv) {
   if (is_integer(pv)) return make_kernel<LANES, QueryKey, Integer, D>();
   if (pv == Format::kBf16) return make_kernel<LANES, QueryKey, Bfloat16, D>();
-  return make_kernel<LANES, QueryKey, Float32, D>();
+  return make_kernel<LANES, QueryKey, FloatElement, D>();
 }
 
 template <int LANES, int D>
 Kernel kernel_for_formats(Format qk, Format pv) {
   if (is_integer(qk)) return kernel_for_pv<LANES, Integer, D>(pv);
   if (qk == Format::kBf16) return kernel_for_pv<LANES, Bfloat16, D>(pv);
-  return kernel_for_pv<LANES, Float32, D>(pv);
+  return kernel_for_pv<LANES, FloatElement, D>(pv);
 }
 
 }  // namespace

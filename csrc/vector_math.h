@@ -1,8 +1,9 @@
 // exp2 on the compiler's vector types, so that one text serves every vector width.
 #pragma once
 
-#include <cstdint>
 #include <cstring>
+
+#include "attention.h"
 
 namespace paroattn {
 namespace {
@@ -46,8 +47,7 @@ constexpr float kRoundingConstant = 12582912.0f;  // 1.5 * 2^23: adding it round
 // 2^x for x <= 126; what is below 2^-125 becomes 2^-125, NaN stays NaN, 0 gives exactly 1. The relative error is that
 // of the Taylor series of 2^f for |f| <= 0.5: 4e-5 for DEGREE 4, below float's own for DEGREE 6.
 template <int LANES, int DEGREE>
-inline __attribute__((always_inline)) typename Vector<LANES>::Float exp2_clamped(
-    typename Vector<LANES>::Float x) {
+PAROATTN_INLINE typename Vector<LANES>::Float exp2_clamped(typename Vector<LANES>::Float x) {
   using Float = typename Vector<LANES>::Float;
   using Int = typename Vector<LANES>::Int;
   constexpr float kTaylor[] = {1.0f,          6.9314718e-1f, 2.4022651e-1f, 5.5504109e-2f,

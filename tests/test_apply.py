@@ -166,7 +166,7 @@ def test_a_scheduler_replaced_afterwards_is_refused():
     [
         ({}, "either a plan or a precision; got neither"),
         ({"precision": "int7"}, "int7"),
-        ({"precision": "int8", "backend": "cuda"}, "backend 'cuda' is unknown; expected 'auto'"),
+        ({"precision": "int8", "backend": "cuda"}, "'cuda' is unknown; expected 'auto' or one of 'cpu', 'reference'"),
         ({"precision": "fp8"}, "not available in backend"),
     ],
 )
