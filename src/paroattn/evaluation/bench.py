@@ -19,7 +19,7 @@ from paroattn.calibration.select import check_density
 from paroattn.evaluation.records import environment
 from paroattn.grid import TokenGrid
 from paroattn.ops import cpu, prepare
-from paroattn.ops.backend import choose_backend
+from paroattn.ops.prepared import choose_for_layer
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import LayerPlan
 from paroattn.quantize import Precision
@@ -201,7 +201,7 @@ class _Inputs:
             raise ArithmeticError(
                 f"{precision} at density {density:g} is {error:.2g} from float64; expected at most {limit:g}"
             )
-        chosen = choose_backend(backend, plan.precisions, device=tensors[0].device)
+        chosen = choose_for_layer(backend, plan, tensors[0].device)
         name = str(precision)
         found = [
             Contender("paroattn", name, density, True, _untimed(op, *tensors, step=step), error, chosen.describe())

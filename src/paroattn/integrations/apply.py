@@ -15,7 +15,7 @@ from paroattn.integrations.attach import Attachment, transformer_of
 from paroattn.integrations.descriptors import identify
 from paroattn.integrations.schedule import Schedule
 from paroattn.ops import PreparedAttention, prepare
-from paroattn.ops.backend import choose_backend
+from paroattn.ops.prepared import choose_for_layer
 from paroattn.plan import LayerPlan, ModelIdentity, Plan
 from paroattn.quantize import Precision
 
@@ -52,12 +52,7 @@ def apply(
         parsed = Precision.parse(precision)  # type: ignore[arg-type]
         layers = [LayerPlan(precisions=(parsed,) * identity.heads)] * identity.layers
     for layer in layers:
-        choose_backend(
-            backend,
-            layer.precisions,
-            block_shape=(layer.block_q, layer.block_kv),
-            compensate=layer.compensate is not None and bool(layer.compensate.any()),
-        )
+        choose_for_layer(backend, layer)
     return Handle(pipe, plan, layers, backend)
 
 

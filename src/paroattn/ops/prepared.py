@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BlockMask, block_count, unpack_bits
 from paroattn.ops.attention import TensorLayout, check_layout, check_tensors, checked_scale
-from paroattn.ops.backend import choose_backend
+from paroattn.ops.backend import Backend, choose_backend
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
 
@@ -63,16 +63,8 @@ class PreparedAttention:
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._compensate = layer_plan.compensate
-        if self._compensate is not None and not self._compensate.any():
-            self._compensate = None
-        self._backend = choose_backend(
-            backend,
-            layer_plan.precisions,
-            device=device,
-            block_shape=(layer_plan.block_q, layer_plan.block_kv),
-            compensate=self._compensate is not None,
-        )
+        self._compensate = layer_plan.compensate if _compensates(layer_plan) else None
+        self._backend = choose_for_layer(backend, layer_plan, device)
         permutation = _moved(layer_plan.permutation, device)
         if permutation is not None:
             permutation = permutation.to(torch.int32).expand(layer_plan.heads, -1)
@@ -129,6 +121,21 @@ class PreparedAttention:
                 f"query has {query.shape[1]} heads and {query.shape[2]:,} tokens; this operator was prepared for "
                 f"{plan.heads} heads and {expected} tokens"
             )
+
+
+def choose_for_layer(name: str, layer_plan: LayerPlan, device: torch.device | None = None) -> Backend:
+    """The backend of that name for a layer, as `choose_backend`; without a device, what can be known before a call."""
+    return choose_backend(
+        name,
+        layer_plan.precisions,
+        device=device,
+        block_shape=(layer_plan.block_q, layer_plan.block_kv),
+        compensate=_compensates(layer_plan),
+    )
+
+
+def _compensates(plan: LayerPlan) -> bool:
+    return plan.compensate is not None and bool(plan.compensate.any())
 
 
 def _check_parts(plan: LayerPlan) -> None:
