@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paroattn import TokenGrid
-from paroattn.order import AXIS_ORDERS, check_permutation, inverse_order, token_order
+from paroattn.order import AXIS_ORDERS, candidate_orders, check_permutation, inverse_order, token_order
 
 grids = st.builds(
     TokenGrid,
@@ -55,6 +55,60 @@ def test_inverse_works_head_by_head_and_for_int32():
 
 def test_model_order_without_prefix_text_is_the_identity():
     assert token_order("FHW", TokenGrid(2, 3, 4, 5, "suffix")).tolist() == list(range(29))
+
+
+def extents(order, grid, length):
+    """Token count of the smallest box around each run of `length` visual tokens."""
+    token = order[: grid.visual_tokens] - grid.visual_start
+    frame = grid.height * grid.width
+    places = torch.stack((token // frame, token % frame // grid.width, token % grid.width), 1)
+    runs = places[: len(places) // length * length].view(-1, length, 3)
+    return (runs.amax(1) - runs.amin(1) + 1).prod(1)
+
+
+@pytest.mark.parametrize("name", ["8x4x2", "4x4x4", "2x8x4", "1x8x8", "1x1x64", "4x1x16"])
+@pytest.mark.parametrize("grid", [TokenGrid(8, 16, 64), TokenGrid(16, 8, 64, 5, "prefix"), TokenGrid(24, 40, 64)])
+def test_every_block_is_the_tile_and_sub_blocks_and_pairs_are_boxes(name, grid):
+    order = token_order(name, grid)
+    assert order.sort().values.tolist() == list(range(grid.tokens))
+    for length in (8, 16, 32, 64, 128):
+        assert (extents(order, grid, length) == length).all()
+    token = order[:64] - grid.visual_start
+    frame = grid.height * grid.width
+    sides = [
+        int(axis.max() - axis.min()) + 1 for axis in (token // frame, token % frame // grid.width, token % grid.width)
+    ]
+    assert "x".join(map(str, sides)) == name
+
+
+@given(grids)
+def test_tiled_orders_are_permutations_of_any_grid(grid):
+    for name in candidate_orders(grid):
+        order = token_order(name, grid)
+        assert order.sort().values.tolist() == list(range(grid.tokens))
+        text = grid.tokens - grid.visual_tokens
+        first = 0 if grid.text_position == "prefix" else grid.visual_tokens
+        assert order[grid.visual_tokens :].tolist() == list(range(first, first + text))
+
+
+@pytest.mark.parametrize(("grid", "whole"), [(TokenGrid(13, 30, 45), 0.98), (TokenGrid(21, 45, 80), 0.99)])
+def test_what_a_tile_leaves_over_is_tiled_in_turn(grid, whole):
+    for name in ("4x4x4", "1x8x8", "8x2x4"):
+        assert (extents(token_order(name, grid), grid, 64) == 64).double().mean() >= whole
+
+
+def test_candidates_cut_the_grid_into_different_blocks():
+    assert candidate_orders(TokenGrid(1, 16, 16)) == ("FHW", "FWH", "1x8x8")
+    names = candidate_orders(TokenGrid(16, 16, 16))
+    assert names[:6] == AXIS_ORDERS
+    assert "1x4x16" not in names  # the blocks of FHW
+    assert {"4x4x4", "8x4x2", "1x8x8"} < set(names)
+
+
+@pytest.mark.parametrize("name", ["4x4x5", "4x4", "64x1x1", "1x64x1", "0x8x8", "4X4X4"])
+def test_tiles_that_are_none_or_do_not_fit_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' is"):
+        token_order(name, TokenGrid(8, 8, 64))
 
 
 @pytest.mark.parametrize("name", ["fhw", "FHH", "", "FHWF"])
