@@ -4,6 +4,9 @@
 // statistics of K and V, `pack` gathers, shifts and quantises one block of k and v into the layout the products want,
 // `attend` does that with one block of q and computes its rows. Each kernel is one implementation of these stages for a
 // CPU and a pair of number formats; threads.cpp runs them.
+//
+// Where skipped blocks are compensated, `pack` also leaves the sums of its tokens. From these `pack_means` makes mean
+// tokens, one for each kv block of the mask, and packs 64 of them as one more block after those of the tokens.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +35,9 @@ constexpr int symmetric_steps(Format format) { return format == Format::kInt8 ? 
 constexpr int probability_steps(Format format) { return format == Format::kInt8 ? 255 : 15; }
 constexpr bool is_integer(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
 
+// The format of mean tokens: they are few and each stands for many, so 4 bits would cost accuracy for nothing.
+constexpr Format mean_format(Format format) { return format == Format::kInt4 ? Format::kInt8 : format; }
+
 // Sums and extremes per channel over some tokens.
 struct Moments {
   float key_sum[kMaxHeadDim];
@@ -48,6 +54,7 @@ struct Head {
   const uint8_t* mask;      // bits of kept kv blocks, one row of mask_row_bytes per row of blocks; null: all are kept
   int64_t mask_row_bytes;
   int mask_block_q, mask_block_kv;  // 64-token blocks that one bit stands for, along rows and along columns
+  bool compensate;          // the mean of a skipped block stands in for it; needs a mask
   const uint8_t* key_mask;  // [tokens] in the input's order, 0 hides a key; null: all are shown
   int64_t tokens;
   int head_dim;
@@ -58,20 +65,30 @@ struct Head {
   float value_mean[kMaxHeadDim];   // taken from v, and added to the output
   float value_scale[kMaxHeadDim];  // per channel; one in floating-point formats
 
-  char *packed_key, *packed_value;  // blocks one after another
+  char *packed_key, *packed_value;  // blocks one after another, those of mean tokens last
   uint32_t* score_start;            // [blocks][64]: what a column's score starts from, int32 or float
   float* key_scale;                 // [blocks]
   uint64_t* shown;                  // [blocks]: bits of columns that exist and are not hidden, as exponents order them
+  float* token_sums;                // [blocks of tokens][2][head_dim]: of the shown keys and of their values
+  float* mean_value_scale;          // [mean blocks]: of their values, on top of the channels' scales
+  float* mean_log_share;            // [mean blocks][64]: log2 of a kv block's shown tokens over those of a full one
 };
 
 // Blocks that cover the head's tokens.
 inline int64_t block_count(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
+
+// Blocks that cover its mean tokens.
+inline int64_t mean_block_count(const Head& head) {
+  const int64_t means = (block_count(head.tokens) + head.mask_block_kv - 1) / head.mask_block_kv;
+  return head.compensate ? block_count(means) : 0;
+}
 
 // The stages for one CPU, one pair of formats and one padded head_dim.
 struct Kernel {
   size_t key_bytes, value_bytes;  // of one packed block
   void (*measure)(const Head&, int64_t first_token, int64_t last_token, Moments&);
   void (*pack)(const Head&, int64_t block);
+  void (*pack_means)(const Head&, int64_t mean_block);
   int64_t (*attend)(const Head&, int64_t q_block);  // returns how many kv blocks it visited
 };
 

@@ -18,6 +18,9 @@ struct Int8 {
   using Sums = __m512i;
   static uint32_t bits(float x) { return bit_cast<uint32_t>(x + kRoundingConstant); }  // the low byte is the integer
   static uint32_t hidden_score() { return uint32_t(-(1 << 30)); }
+  static uint32_t add_to_score(uint32_t score, float x) {  // x <= 0 or NaN
+    return score + uint32_t(int32_t(x > -0x1p29f ? x - 0.5f : -0x1p29f));
+  }
   static PAROATTN_INLINE Sums start(__m512i words) { return words; }
   static PAROATTN_INLINE Sums multiply_add(Sums sums, __m512i word, __m512i words) {
     return _mm512_dpbusd_epi32(sums, word, words);
@@ -159,7 +162,7 @@ PAROATTN_INLINE void add_product(const uint32_t* p, const Band& band, int strip,
     multiply<Element, kWords, kWords, D>(sums, p, value + first);
 #pragma GCC unroll 4
     for (int r = 0; r < kStripRows; ++r) {
-      const __m512 weight = _mm512_set1_ps(band.weight[strip + r]);
+      const __m512 weight = _mm512_set1_ps(band.value_weight[strip + r]);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         float* out = output + r * D + first + 16 * i;
@@ -211,7 +214,7 @@ struct IntegerValues {
   }
 
   template <class Scores>
-  static PAROATTN_INLINE void exponent(const Band& band, int r, Format format, Probabilities& p, float* total) {
+  static PAROATTN_INLINE void exponent(const Band& band, int r, Probabilities& p, float* total) {
     // Larger factors overflow the conversion to integers; a step of an integer score is then above 8 powers of two, far
     // finer than the scores were rounded. Scores in floating point are clamped instead.
     constexpr bool kIntegerScores = Scores::Element::kDepth == 4;
@@ -229,7 +232,7 @@ struct IntegerValues {
     const __m512i ones = _mm512_set1_epi16(1);
     const __m512i sums = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), p0, ones), p1, ones);
     add_to_total(total, band.weight[r], _mm512_cvtepi32_ps(sums));
-    const __m512i steps = _mm512_set1_epi16(int16_t(probability_steps(format)));
+    const __m512i steps = _mm512_set1_epi16(int16_t(band.steps));
     const __m512i rounded0 = _mm512_mulhrs_epi16(p0, steps), rounded1 = _mm512_mulhrs_epi16(p1, steps);
     _mm512_store_si512(p.row[r % kStripRows], _mm512_packus_epi16(rounded0, rounded1));
   }
@@ -259,7 +262,7 @@ struct FloatValues {
   static float probability_unit(Format) { return 1.0f; }
 
   template <class Scores>
-  static PAROATTN_INLINE void exponent(const Band& band, int r, Format, Probabilities& p, float* total) {
+  static PAROATTN_INLINE void exponent(const Band& band, int r, Probabilities& p, float* total) {
     const __m512 max = _mm512_set1_ps(band.max[r]), factor = _mm512_set1_ps(band.factor);
     __m512 sums = _mm512_setzero_ps(), e[4];
 #pragma GCC unroll 4
@@ -301,8 +304,14 @@ struct FloatValues {
 template <class QueryKey, class Values, int D>
 Kernel make_kernel() {
   using S = Scores<QueryKey, D>;
-  return {size_t(S::kKeyBytes), size_t(Values::kValueBytes), measure,
-          pack<QueryKey, typename Values::Element, typename Values::Order, D>, attend<S, Values, D>};
+  using Element = typename Values::Element;
+  using Order = typename Values::Order;
+  return {size_t(S::kKeyBytes),
+          size_t(Values::kValueBytes),
+          measure,
+          pack<QueryKey, Element, Order, D>,
+          pack_means<QueryKey, Element, Order, D>,
+          attend<S, Values, D>};
 }
 
 template <class QueryKey, int D>

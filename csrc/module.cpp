@@ -20,6 +20,7 @@ using Tensor = nb::ndarray<nb::ndim<4>, nb::device::cpu>;                       
 using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;                   // [B, H, N]
 using Permutation = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;   // [H, N]
 using Mask = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;          // [H, rows, bytes]
+using Compensate = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;    // [H]
 using KeyMask = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;       // [B, N]
 
 const char* const kCapabilities[] = {"baseline", "avx2", "avx512_vnni", "avx512_bf16"};
@@ -55,8 +56,9 @@ void check_range(const Permutation& permutation) {
 
 nb::tuple attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output, const Lse& lse,
                  const std::optional<Permutation>& permutation, const std::optional<Mask>& mask, int mask_block_q,
-                 int mask_block_kv, const std::optional<KeyMask>& key_mask, const std::vector<std::string>& qk,
-                 const std::vector<std::string>& pv, float scale, const std::string& capability, int threads) {
+                 int mask_block_kv, const std::optional<Compensate>& compensate, const std::optional<KeyMask>& key_mask,
+                 const std::vector<std::string>& qk, const std::vector<std::string>& pv, float scale,
+                 const std::string& capability, int threads) {
   const size_t batch = query.shape(0), heads = query.shape(1), tokens = query.shape(2);
   const size_t group = heads / key.shape(1);
   if (permutation) check_range(*permutation);
@@ -74,6 +76,7 @@ nb::tuple attend(const Tensor& query, const Tensor& key, const Tensor& value, co
     head.mask_row_bytes = mask ? int64_t(mask->shape(2)) : 0;
     head.mask_block_q = mask_block_q / kBlock;
     head.mask_block_kv = mask_block_kv / kBlock;
+    head.compensate = mask && compensate && compensate->data()[h];
     head.key_mask = key_mask ? key_mask->data() + b * tokens : nullptr;
     head.tokens = int64_t(tokens);
     head.head_dim = int(query.shape(3));
@@ -96,6 +99,6 @@ NB_MODULE(_cpu, module) {
   module.attr("CAPABILITIES") = nb::make_tuple(kCapabilities[0], kCapabilities[1], kCapabilities[2], kCapabilities[3]);
   module.def("best_capability", [] { return kCapabilities[int(best_capability())]; });
   module.def("attend", &attend, "query"_a, "key"_a, "value"_a, "output"_a, "lse"_a, "permutation"_a.none(),
-             "mask"_a.none(), "mask_block_q"_a, "mask_block_kv"_a, "key_mask"_a.none(), "qk"_a, "pv"_a, "scale"_a,
-             "capability"_a, "threads"_a);
+             "mask"_a.none(), "mask_block_q"_a, "mask_block_kv"_a, "compensate"_a.none(), "key_mask"_a.none(), "qk"_a,
+             "pv"_a, "scale"_a, "capability"_a, "threads"_a);
 }

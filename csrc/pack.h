@@ -9,7 +9,8 @@
 //     value   [64 / kDepth][D] words             a word of P meets the same tokens of 16 channels
 //
 // Element types say how a number becomes bits: kDepth, Storage, `bits(float)` (the low bits count), the score of a
-// hidden column, and `kUnsignedQuery`, where integers of q are stored plus 128 because the instruction wants one unsigned side.
+// hidden column, what adds to a score, and `kUnsignedQuery`, where integers of q are stored plus 128 because the
+// instruction wants one unsigned side.
 #pragma once
 
 #include "rows.h"
@@ -28,6 +29,7 @@ struct FloatElement {
   using Storage = uint32_t;
   static uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
   static uint32_t hidden_score() { return bit_cast<uint32_t>(kHiddenScore); }
+  static uint32_t add_to_score(uint32_t score, float x) { return bit_cast<uint32_t>(bit_cast<float>(score) + x); }
 };
 
 // Tokens by channels; hidden and missing tokens and padding channels are zero.
@@ -36,8 +38,28 @@ struct Tile {
   alignas(64) float row[kBlock][D];
 };
 
-inline bool is_shown(const Head& head, int64_t position) {
-  return position < head.tokens && (!head.key_mask || head.key_mask[token_at(head, position)]);
+// One bit for each token of the block that exists.
+inline uint64_t existing_tokens(const Head& head, int64_t block) {
+  const int64_t count = head.tokens - block * kBlock;
+  return count < kBlock ? (uint64_t(1) << count) - 1 : ~uint64_t(0);
+}
+
+// One bit for each token of the block that exists and is not hidden.
+inline uint64_t shown_tokens(const Head& head, int64_t block) {
+  uint64_t shown = existing_tokens(head, block);
+  for (int r = 0; head.key_mask && r < kBlock; ++r) {
+    const uint64_t bit = uint64_t(1) << r;
+    if (shown & bit && !head.key_mask[token_at(head, block * kBlock + r)]) shown &= ~bit;
+  }
+  return shown;
+}
+
+// The bits of tokens in the order in which exponents are computed.
+template <class Order>
+inline uint64_t in_order(uint64_t tokens) {
+  uint64_t ordered = 0;
+  for (int bit = 0; bit < kBlock; ++bit) ordered |= (tokens >> Order::shown(bit) & 1) << bit;
+  return ordered;
 }
 
 template <class Type>
@@ -75,25 +97,35 @@ inline void measure(const Head& head, int64_t first_token, int64_t last_token, M
   out = moments;
 }
 
-// Fills the tile with the block's rows minus `mean`.
+// Fills the tile with the block's rows minus `mean`, where `present` has a bit.
 template <class Type, int D>
-inline void gather(const Head& head, const Rows& rows, int64_t block, bool hide, const float* mean, Tile<D>& tile) {
+inline void gather(const Head& head, const Rows& rows, int64_t block, uint64_t present, const float* mean,
+                   Tile<D>& tile) {
   const int head_dim = head.head_dim;
   for (int r = 0; r < kBlock; ++r) {
-    const int64_t position = block * kBlock + r;
-    if (position >= head.tokens || (hide && !is_shown(head, position))) {
+    if (!(present >> r & 1)) {
       for (int d = 0; d < D; ++d) tile.row[r][d] = 0;
       continue;
     }
-    const auto* row = row_at<Type>(rows, token_at(head, position));
+    const auto* row = row_at<Type>(rows, token_at(head, block * kBlock + r));
     for (int d = 0; d < head_dim; ++d) tile.row[r][d] = Type::load(row[d]) - mean[d];
     for (int d = head_dim; d < D; ++d) tile.row[r][d] = 0;
   }
 }
 
 template <int D>
-inline void gather(const Head& head, const Rows& rows, int64_t block, bool hide, const float* mean, Tile<D>& tile) {
-  with_type(rows, [&](auto type) { gather<decltype(type)>(head, rows, block, hide, mean, tile); });
+inline void gather(const Head& head, const Rows& rows, int64_t block, uint64_t present, const float* mean,
+                   Tile<D>& tile) {
+  with_type(rows, [&](auto type) { gather<decltype(type)>(head, rows, block, present, mean, tile); });
+}
+
+template <int D>
+inline void add_up(const Tile<D>& tile, int head_dim, float* out) {
+  float sums[D] = {};
+  for (int r = 0; r < kBlock; ++r) {
+    for (int d = 0; d < D; ++d) sums[d] += tile.row[r][d];
+  }
+  std::memcpy(out, sums, head_dim * sizeof(float));
 }
 
 // The size of one integer step: the largest magnitude over `steps`, and NaN if there is a NaN.
@@ -109,6 +141,26 @@ inline float step_size(const Tile<D>& tile, int steps) {
   for (int d = 0; d < D; ++d) largest = lanes[d] > largest ? lanes[d] : largest;
   const float size = bit_cast<float>(largest) / steps;
   return size < kSmallestScale ? kSmallestScale : size;
+}
+
+// Turns the rows by an orthogonal (Hadamard) matrix. Turning q and k alike leaves their products as they are and spreads
+// channels with large values over all of them, so that 4 bits suffice better.
+template <int D>
+inline void rotate(Tile<D>& tile) {
+  const float norm = 1.0f / __builtin_sqrtf(float(D));
+  for (int r = 0; r < kBlock; ++r) {
+    float* row = tile.row[r];
+    for (int width = 1; width < D; width *= 2) {
+      for (int first = 0; first < D; first += 2 * width) {
+        for (int d = first; d < first + width; ++d) {
+          const float a = row[d], b = row[d + width];
+          row[d] = a + b;
+          row[d + width] = a - b;
+        }
+      }
+    }
+    for (int d = 0; d < D; ++d) row[d] *= norm;
+  }
 }
 
 // Rows of the tile times `factor` as adjacent elements: the layout of the query.
@@ -151,7 +203,7 @@ inline void pack_groups(const Tile<D>& tile, const float* factor, uint32_t* out)
 
 // What the scores of a column start from: the correction for q + 128, or a score no other is below.
 template <class Element, int WORDS>
-inline void pack_score_start(const Head& head, int64_t block, const uint32_t* key) {
+inline void pack_score_start(const uint32_t* key, uint64_t shown, uint32_t* out) {
   int32_t sums[kBlock] = {};
   if constexpr (Element::kUnsignedQuery) {
     for (int w = 0; w < WORDS; ++w) {
@@ -161,20 +213,7 @@ inline void pack_score_start(const Head& head, int64_t block, const uint32_t* ke
       }
     }
   }
-  for (int r = 0; r < kBlock; ++r) {
-    const bool shown = is_shown(head, block * kBlock + r);
-    head.score_start[block * kBlock + r] = shown ? uint32_t(-128 * sums[r]) : Element::hidden_score();
-  }
-}
-
-// One bit for each column that exists and is not hidden, in the order in which exponents are computed.
-template <class Order>
-inline uint64_t shown_columns(const Head& head, int64_t block) {
-  uint64_t shown = 0;
-  for (int bit = 0; bit < kBlock; ++bit) {
-    shown |= uint64_t(is_shown(head, block * kBlock + Order::shown(bit))) << bit;
-  }
-  return shown;
+  for (int r = 0; r < kBlock; ++r) out[r] = shown >> r & 1 ? uint32_t(-128 * sums[r]) : Element::hidden_score();
 }
 
 template <int D>
@@ -193,15 +232,18 @@ struct Query {
   float shift[kBlock];  // what taking the mean from k took from each row's logits
 };
 
+// A step of q is not below `smallest`: rounding then loses what is too small to matter.
 template <class Element, int D>
-inline void pack_query(const Head& head, int64_t block, Query<Element, D>& out) {
+inline void pack_query(const Head& head, int64_t block, float smallest, Query<Element, D>& out) {
   Tile<D> tile;
   const float zero[kMaxHeadDim] = {};
-  gather(head, head.query, block, false, zero, tile);
+  gather(head, head.query, block, existing_tokens(head, block), zero, tile);
   for (int r = 0; r < kBlock; ++r) {
     out.shift[r] = is_integer(head.qk) ? dot<D>(tile.row[r], head.key_mean) * head.scale : 0.0f;
   }
+  if (head.qk == Format::kInt4) rotate(tile);
   out.scale = is_integer(head.qk) ? step_size(tile, symmetric_steps(head.qk)) : 1.0f;
+  if (out.scale < smallest) out.scale = smallest;
   // With the sign of the scale in q, larger scores always mean larger logits.
   pack_rows<Element, D>(tile, __builtin_copysignf(1.0f / out.scale, head.scale), out.elements);
   if constexpr (Element::kUnsignedQuery) {
@@ -210,11 +252,9 @@ inline void pack_query(const Head& head, int64_t block, Query<Element, D>& out) 
 }
 
 template <class Element, int D>
-inline void pack_key(const Head& head, int64_t block) {
-  Tile<D> tile;
-  const bool integer = is_integer(head.qk);
-  gather(head, head.key, block, true, head.key_mean, tile);
-  const float size = integer ? step_size(tile, symmetric_steps(head.qk)) : 1.0f;
+inline void pack_key(const Head& head, Tile<D>& tile, Format format, uint64_t shown, int64_t block) {
+  if (head.qk == Format::kInt4) rotate(tile);
+  const float size = is_integer(format) ? step_size(tile, symmetric_steps(format)) : 1.0f;
   head.key_scale[block] = size;
   constexpr int kWords = D / Element::kDepth;
   alignas(64) uint32_t rows[kBlock * kWords];
@@ -222,24 +262,59 @@ inline void pack_key(const Head& head, int64_t block) {
   pack_rows<Element, D>(tile, 1.0f / size, elements);
   uint32_t* out = reinterpret_cast<uint32_t*>(head.packed_key) + block * kBlock * kWords;
   transpose<kWords>(rows, out);
-  pack_score_start<Element, kWords>(head, block, out);
+  pack_score_start<Element, kWords>(out, shown, head.score_start + block * kBlock);
 }
 
 template <class Element, class Order, int D>
-inline void pack_value(const Head& head, int64_t block) {
-  Tile<D> tile;
-  gather(head, head.value, block, true, head.value_mean, tile);
-  float factor[D];
-  for (int d = 0; d < D; ++d) factor[d] = 1.0f / head.value_scale[d];
+inline void pack_value(const Head& head, const Tile<D>& tile, const float* factor, uint64_t shown, int64_t block) {
   uint32_t* out = reinterpret_cast<uint32_t*>(head.packed_value) + block * kBlock * D / Element::kDepth;
   pack_groups<Element, Order, D>(tile, factor, out);
-  head.shown[block] = shown_columns<Order>(head, block);
+  head.shown[block] = in_order<Order>(shown);
 }
 
 template <class QueryKey, class Value, class Order, int D>
 void pack(const Head& head, int64_t block) {
-  pack_key<QueryKey, D>(head, block);
-  pack_value<Value, Order, D>(head, block);
+  Tile<D> tile;
+  const uint64_t shown = shown_tokens(head, block);
+  float* sums = head.token_sums + block * 2 * head.head_dim;
+  gather(head, head.key, block, shown, head.key_mean, tile);
+  if (head.compensate) add_up(tile, head.head_dim, sums);
+  pack_key<QueryKey, D>(head, tile, head.qk, shown, block);
+  gather(head, head.value, block, shown, head.value_mean, tile);
+  if (head.compensate) add_up(tile, head.head_dim, sums + head.head_dim);
+  float factor[D];
+  for (int d = 0; d < D; ++d) factor[d] = 1.0f / head.value_scale[d];
+  pack_value<Value, Order, D>(head, tile, factor, shown, block);
+}
+
+// Makes 64 mean tokens, each of what is shown of one kv block of the mask, and packs them as one more block. Their
+// values have a common scale on top of the channels', because means are smaller than what they are taken from.
+template <class QueryKey, class Value, class Order, int D>
+void pack_means(const Head& head, int64_t mean_block) {
+  const int64_t token_blocks = block_count(head.tokens), block = token_blocks + mean_block;
+  Tile<D> key = {}, value = {};
+  uint64_t shown = 0;
+  for (int r = 0; r < kBlock; ++r) {
+    const int64_t mean_token = mean_block * kBlock + r, first = mean_token * head.mask_block_kv;
+    float count = 0;
+    for (int64_t from = first; from < first + head.mask_block_kv && from < token_blocks; ++from) {
+      const float* sums = head.token_sums + from * 2 * head.head_dim;
+      for (int d = 0; d < head.head_dim; ++d) key.row[r][d] += sums[d];
+      for (int d = 0; d < head.head_dim; ++d) value.row[r][d] += sums[head.head_dim + d];
+      count += __builtin_popcountll(head.shown[from]);
+    }
+    head.mean_log_share[mean_token] = __builtin_log2f(count / (kBlock * head.mask_block_kv));
+    if (count == 0) continue;
+    for (int d = 0; d < head.head_dim; ++d) key.row[r][d] /= count;
+    for (int d = 0; d < head.head_dim; ++d) value.row[r][d] /= count * head.value_scale[d];
+    shown |= uint64_t(1) << r;
+  }
+  pack_key<QueryKey, D>(head, key, mean_format(head.qk), shown, block);
+  const float size = is_integer(head.pv) ? step_size(value, symmetric_steps(mean_format(head.pv))) : 1.0f;
+  head.mean_value_scale[mean_block] = size;
+  float factor[D];
+  for (float& x : factor) x = 1.0f / size;
+  pack_value<Value, Order, D>(head, value, factor, shown, block);
 }
 
 }  // namespace

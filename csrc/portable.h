@@ -82,6 +82,7 @@ struct Values {
   using Int = typename Vector<LANES>::Int;
   static constexpr int kValueBytes = kBlock * D * 4;
   static constexpr bool kInteger = std::is_same<Element, Integer>::value;
+  using Order = TokenOrder;
 
   struct Probabilities {
     alignas(64) float row[kStripRows][kBlock];
@@ -91,9 +92,9 @@ struct Values {
   static float probability_unit(Format format) { return kInteger ? float(probability_steps(format)) : 1.0f; }
 
   template <class Scores>
-  static PAROATTN_INLINE void exponent(const Band& band, int r, Format format, Probabilities& p, float* total) {
+  static PAROATTN_INLINE void exponent(const Band& band, int r, Probabilities& p, float* total) {
     const float* scores = reinterpret_cast<const float*>(band.scores[r]);
-    const float one = probability_unit(format);
+    const float one = kInteger ? float(band.steps) : 1.0f;
     for (int first = 0; first < kBlock; first += LANES) {
       Float logits, e;
       std::memcpy(&logits, scores + first, sizeof logits);
@@ -112,8 +113,8 @@ struct Values {
       multiply<LANES, kBlock, kBlock, D>(sums, p.row[0], reinterpret_cast<const float*>(band.value) + first);
       for (int r = 0; r < kStripRows; ++r) {
         Float* out = reinterpret_cast<Float*>(output + r * D + first);
-        out[0] += band.weight[strip + r] * sums[r][0];
-        out[1] += band.weight[strip + r] * sums[r][1];
+        out[0] += band.value_weight[strip + r] * sums[r][0];
+        out[1] += band.value_weight[strip + r] * sums[r][1];
       }
     }
   }
@@ -125,7 +126,11 @@ template <int LANES, class QueryKey, class Value, int D>
 Kernel make_kernel() {
   using S = Scores<LANES, QueryKey, D>;
   using V = Values<LANES, Value, D>;
-  return {size_t(S::kKeyBytes), size_t(V::kValueBytes), measure, pack<QueryKey, Value, TokenOrder, D>,
+  return {size_t(S::kKeyBytes),
+          size_t(V::kValueBytes),
+          measure,
+          pack<QueryKey, Value, TokenOrder, D>,
+          pack_means<QueryKey, Value, TokenOrder, D>,
           attend<S, V, D>};
 }
 

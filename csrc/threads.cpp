@@ -52,12 +52,16 @@ class Workspace {
 };
 
 void take_buffers(Head& head, const Kernel& kernel, Workspace& workspace) {
-  const size_t blocks = block_count(head.tokens);
+  const size_t token_blocks = block_count(head.tokens), mean_blocks = mean_block_count(head);
+  const size_t blocks = token_blocks + mean_blocks;
   workspace.take(head.packed_key, blocks * kernel.key_bytes);
   workspace.take(head.packed_value, blocks * kernel.value_bytes);
   workspace.take(head.score_start, blocks * kBlock);
   workspace.take(head.key_scale, blocks);
   workspace.take(head.shown, blocks);
+  workspace.take(head.token_sums, head.compensate ? token_blocks * 2 * head.head_dim : 0);
+  workspace.take(head.mean_value_scale, mean_blocks);
+  workspace.take(head.mean_log_share, mean_blocks * kBlock);
 }
 
 // Means and channel scales from the moments of all chunks, added in the order of the tokens.
@@ -112,6 +116,8 @@ Report run(std::vector<Head>& heads, Capability capability, int threads) {
 
   const int64_t tokens = heads[0].tokens, blocks = block_count(tokens), chunks = (tokens + kChunk - 1) / kChunk;
   const int64_t head_count = int64_t(heads.size());
+  int64_t mean_blocks = 0;  // of one head, at most
+  for (const Head& head : heads) mean_blocks = std::max(mean_blocks, mean_block_count(head));
   // A few heads at a time, so that their k and v are still in the cache when they are read again to be packed.
   const int64_t together = std::max(1, threads / 8);
   std::vector<Moments> moments(head_count * chunks);
@@ -133,6 +139,11 @@ Report run(std::vector<Head>& heads, Capability capability, int threads) {
         const int64_t head = first + task / blocks;
         kernels[head].pack(heads[head], task % blocks);
       }
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < head_count * mean_blocks; ++task) {
+      const int64_t head = task / mean_blocks;
+      if (heads[head].compensate) kernels[head].pack_means(heads[head], task % mean_blocks);
     }
 #pragma omp single nowait
     packed = Clock::now();

@@ -43,35 +43,6 @@ def block_sums(q, k, order, scale=None):
     return sums
 
 
-def compensated_attention(query, key, value, block_mask, permutation, scale=None):
-    """Like masked_attention for the heads of block_mask, with each skipped block replaced by its mean."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    outputs, lses = [], []
-    for head in range(len(block_mask)):
-        order = permutation[head]
-        q, k, v = (x[:, head].double()[:, order] for x in (query, key, value))
-        output, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
-        for batch in range(len(q)):
-            for token in range(q.shape[1]):
-                logits, values = [], []
-                for block, kept in enumerate(block_mask[head, token // BLOCK].tolist()):
-                    keys = k[batch, block * BLOCK : (block + 1) * BLOCK]
-                    block_values = v[batch, block * BLOCK : (block + 1) * BLOCK]
-                    if kept:
-                        logits += (keys @ q[batch, token] * scale).tolist()
-                        values += list(block_values)
-                    else:
-                        mean_logit = float(keys.mean(0) @ q[batch, token] * scale)
-                        logits += [mean_logit] * len(keys)
-                        values += [block_values.mean(0)] * len(keys)
-                logits = torch.tensor(logits, dtype=torch.float64)
-                output[batch, token] = logits.softmax(0) @ torch.stack(values)
-                lse[batch, token] = logits.logsumexp(0)
-        outputs.append(torch.empty_like(output).index_copy_(1, order, output))
-        lses.append(torch.empty_like(lse).index_copy_(1, order, lse))
-    return torch.stack(outputs, 1), torch.stack(lses, 1)
-
-
 def sparse_attention(
     query,
     key,

@@ -23,8 +23,8 @@ def inputs(tokens, heads=2, head_dim=16, batch=1, key_heads=None, seed=0, dtype=
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def masks(heads, tokens, seed=0, block_q=64):
-    rows, columns = -(-tokens // block_q), -(-tokens // 64)
+def masks(heads, tokens, seed=0, block_q=64, block_kv=64):
+    rows, columns = -(-tokens // block_q), -(-tokens // block_kv)
     mask = torch.rand(heads, rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
     mask.scatter_(2, torch.randint(columns, (heads, rows, 1), generator=torch.Generator().manual_seed(seed)), True)
     return mask
@@ -145,11 +145,70 @@ def test_compensation_adds_the_mean_of_every_skipped_block(tokens):
     output, lse = paroattn.attention(
         query, key, value, permutation=order, block_mask=mask, compensate=[True, False], return_lse=True
     )
-    expected, expected_lse = oracles.compensated_attention(query, key, value, mask[:1], order)
-    assert error(output[:, :1], expected[:, :1]) < 1e-6
-    assert (lse[:, :1] - expected_lse[:, :1]).abs().max() < 1e-5
-    dropped = oracles.masked_attention(query, key, value, mask, order)
-    assert error(output[:, 1:], dropped[:, 1:]) < 1e-6
+    expected, expected_lse = oracles.sparse_attention(query, key, value, mask, order, compensate=[True, False])
+    assert error(output, expected) < 1e-6
+    assert (lse - expected_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("block_shape", [(64, 64), (128, 64), (64, 128), (128, 192)])
+def test_compensation_knows_blocks_of_any_size_hidden_keys_and_grouped_queries(block_shape):
+    query, key, value = inputs(333, heads=4, key_heads=2, batch=2)
+    mask, order = masks(4, 333, 7, *block_shape), permutations(4, 333)
+    key_mask = torch.ones(2, 333, dtype=torch.bool)
+    key_mask[0, 320:] = False
+    key_mask[1, order[0, : block_shape[1]]] = False  # for head 0 a whole block
+    common = {"key_mask": key_mask, "compensate": [True, True, False, True]}
+    output, lse = paroattn.attention(
+        query,
+        key,
+        value,
+        permutation=order,
+        block_mask=BlockMask.from_dense(mask, 333, *block_shape),
+        return_lse=True,
+        **common,
+    )
+    expected, expected_lse = oracles.sparse_attention(
+        query, key, value, mask, order, **common, block_q=block_shape[0], block_kv=block_shape[1]
+    )
+    assert error(output, expected) < 1e-6
+    assert (lse - expected_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_more_than_64_skipped_blocks_make_several_mean_blocks(precision):
+    query, key, value = inputs(4500, heads=1)
+    mask = torch.eye(71, dtype=torch.bool).unsqueeze(0)
+    expected, expected_lse = oracles.sparse_attention(query, key, value, mask, compensate=[True])
+    output, lse = paroattn.attention(
+        query, key, value, block_mask=mask, precision=precision, compensate=True, return_lse=True
+    )
+    assert error(output, expected) < (1e-6 if precision == "exact" else 0.03)
+    assert (lse - expected_lse).abs().max() < (1e-5 if precision == "exact" else 0.02)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-8, -1e-5])
+def test_with_compensation_every_key_counts_once(precision, scale):
+    """Logits near 0 weigh all shown keys the same, whether they are computed or averaged."""
+    query, key, value = inputs(333, batch=2)
+    value = value + torch.arange(333).view(-1, 1) / 100
+    mask, order = masks(2, 333), permutations(2, 333)
+    key_mask = torch.arange(333).expand(2, -1) < 300
+    output, lse = paroattn.attention(
+        query,
+        key,
+        value,
+        permutation=order,
+        block_mask=mask,
+        precision=precision,
+        compensate=True,
+        key_mask=key_mask,
+        scale=scale,
+        return_lse=True,
+    )
+    expected = value[:, :, :300].mean(2, keepdim=True).expand_as(output).double()
+    assert error(output, expected) < {"exact": 1e-4, "bf16": 0.002, "int8": 0.002, "int4": 0.02}[precision]
+    assert (lse - torch.tensor(300.0).log()).abs().max() < (0.003 if "int" in precision else 1e-4)
 
 
 def test_integer_precisions_err_as_their_steps_say():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import paroattn
 from paroattn.cli import main
 from paroattn.evaluation import bench
 from paroattn.evaluation.bench import Contender, Shape, bench_attention
@@ -39,6 +40,27 @@ def test_records_say_what_was_measured_where():
         assert record["median_ms"] > 0
         assert {"machine", "threads", "versions", "commit"} <= record.keys()
         assert (record["error"] is None) == (record["method"] == "sdpa")
+        assert record["compensate"] is False
+
+
+def test_compensation_is_timed_beside_the_same_without():
+    records = bench_attention(
+        Shape(200, 2, 16), [1.0, 0.6], ["exact"], rounds=1, flex=False, compensate=True, progress=False
+    )
+    whole = [(record["density"], record["compensate"]) for record in records if record["prologue"]]
+    assert whole == [(1.0, False), (0.6, False), (0.6, True)]
+    assert all(record["error"] < 1e-6 for record in records if record["prologue"])
+
+
+def test_the_check_knows_what_compensation_computes():
+    inputs = bench._Inputs(Shape(200, 2, 16), seed=0)
+    mask = inputs.mask(0.5, unequal=False)
+    tensors = inputs.tensors[torch.float32]
+    arguments = {"permutation": inputs.order, "block_mask": mask}
+    for compensate in (True, False):
+        output = paroattn.attention(*tensors, **arguments, compensate=compensate)
+        assert inputs._error(output, tensors, mask, compensate) < 1e-6
+        assert inputs._error(output, tensors, mask, not compensate) > 0.1
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):

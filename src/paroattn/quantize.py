@@ -79,6 +79,19 @@ def is_integer(number_format: str) -> bool:
     return number_format in _BITS
 
 
+def rotate_channels(x: Tensor) -> Tensor:
+    """Channels of x [..., D] padded with zeros to 64 or 128 channels turned by the Hadamard matrix of that size.
+
+    Turning q and k alike leaves their products as they are and spreads channels with large values over all of them, so
+    that 4 bits suffice better.
+    """
+    width = 64 if x.shape[-1] <= 64 else 128
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while len(matrix) < width:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1])) @ matrix * width**-0.5
+
+
 def quantize_tokens(x: Tensor, number_format: NumberFormat) -> Quantized:
     """Round x [B, N, D] to a format; integers get one symmetric scale per group of `GROUP` tokens.
 

@@ -46,6 +46,7 @@ class Contender:
         precision: number format of the products, and for torch's own attention the dtype.
         prologue: whether the time holds quantising, reordering and the inverse; None where there is none.
         call: does the work once and returns the seconds that do not count.
+        compensate: whether skipped blocks are replaced by their means.
         error: relative to float64, or None if not measured.
         backend: what the operator runs on.
     """
@@ -55,6 +56,7 @@ class Contender:
     density: float
     prologue: bool | None
     call: Callable[[], float]
+    compensate: bool = False
     error: float | None = None
     backend: str | None = None
 
@@ -68,6 +70,7 @@ def bench_attention(
     rounds: int = 9,
     unequal: bool = False,
     flex: bool = True,
+    compensate: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -85,6 +88,7 @@ def bench_attention(
         rounds: every contender runs once per round.
         unequal: spread the heads' densities linearly from half to one and a half times the wanted density.
         flex: also time FlexAttention, which compiles for some seconds.
+        compensate: also time the operator with compensation of skipped blocks, where there are any.
         seed: of inputs and masks.
         progress: show a bar on stderr.
 
@@ -106,7 +110,9 @@ def bench_attention(
     for density in densities:
         mask = inputs.mask(density, unequal)
         for precision in parsed:
-            contenders += inputs.operators(precision, density, mask, backend)
+            contenders += inputs.operators(precision, density, mask, backend, compensate=False)
+            if compensate and density < 1:
+                contenders += inputs.operators(precision, density, mask, backend, compensate=True)
         if flex:
             contenders.append(Contender("flex", "fp32", density, None, _untimed(inputs.flex(mask))))
     times = _interleaved(contenders, rounds, progress)
@@ -142,6 +148,7 @@ def _record(contender: Contender, times: Sequence[float], dense: Sequence[float]
         "precision": contender.precision,
         "density": contender.density,
         "prologue": contender.prologue,
+        "compensate": contender.compensate,
         "error": contender.error,
         "backend": contender.backend,
         "median_ms": 1000 * statistics.median(times),
@@ -181,7 +188,9 @@ class _Inputs:
     def sdpa(self, dtype: torch.dtype) -> Tensor:
         return scaled_dot_product_attention(*self.tensors[dtype])
 
-    def operators(self, precision: Precision, density: float, mask: Tensor, backend: str) -> list[Contender]:
+    def operators(
+        self, precision: Precision, density: float, mask: Tensor, backend: str, *, compensate: bool
+    ) -> list[Contender]:
         """The prepared operator, checked against float64, and where the kernel tells its parts, without prologue."""
         dtype = torch.bfloat16 if str(precision) == "bf16" else torch.float32
         whole = bool(mask.all())
@@ -191,32 +200,35 @@ class _Inputs:
             permutation=self.order,
             mask_table=None if whole else pack_bits(mask),
             mask_index=None if whole else torch.arange(heads, dtype=torch.int32).unsqueeze(0),
+            compensate=torch.ones(1, heads, dtype=torch.bool) if compensate else None,
             tokens=tokens,
         )
         op = prepare(plan, device="cpu", dtype=dtype, tensor_layout="HND", backend=backend)
         tensors, step = self.tensors[dtype], torch.tensor(0)
-        error = self._error(op(*tensors, step=step), tensors, mask)
+        error = self._error(op(*tensors, step=step), tensors, mask, compensate)
         limit = max(_ERROR_LIMITS[precision.qk], _ERROR_LIMITS[precision.pv])
         if not error <= limit:
             raise ArithmeticError(
                 f"{precision} at density {density:g} is {error:.2g} from float64; expected at most {limit:g}"
             )
         chosen = choose_for_layer(backend, plan, tensors[0].device)
-        name = str(precision)
-        found = [
-            Contender("paroattn", name, density, True, _untimed(op, *tensors, step=step), error, chosen.describe())
-        ]
+
+        def contender(prologue: bool, call: Callable[[], float]) -> Contender:
+            return Contender("paroattn", str(precision), density, prologue, call, compensate, error, chosen.describe())
+
+        found = [contender(True, _untimed(op, *tensors, step=step))]
         if chosen is cpu:
             block_mask = None if whole else BlockMask.from_dense(mask, tokens)
             scale = self.shape.head_dim**-0.5
-            arguments = cpu.kernel_arguments(*tensors, self.order, block_mask, plan.precisions, None, scale)
+            flags = None if plan.compensate is None else plan.compensate[0]
+            arguments = cpu.kernel_arguments(*tensors, self.order, block_mask, plan.precisions, flags, None, scale)
             output, lse = torch.empty_like(tensors[0]), torch.empty(1, heads, tokens)
 
             def without_prologue() -> float:
                 _, prologue_seconds = cpu.run_kernel(output, lse, *arguments)
                 return prologue_seconds
 
-            found.append(Contender("paroattn", name, density, False, without_prologue, error, chosen.describe()))
+            found.append(contender(False, without_prologue))
         return found
 
     def flex(self, mask: Tensor) -> Callable[[], Tensor]:
@@ -233,17 +245,22 @@ class _Inputs:
         compiled: Callable[..., Any] = torch.compile(flex_attention)
         return lambda: compiled(*self.tensors[torch.float32], block_mask=flex_mask)
 
-    def _error(self, output: Tensor, tensors: Sequence[Tensor], mask: Tensor) -> float:
+    def _error(self, output: Tensor, tensors: Sequence[Tensor], mask: Tensor, compensate: bool) -> float:
         """Relative L2 error of a quarter of the rows of blocks, at most 8 per head, against float64."""
         rows = range(0, mask.shape[1], max(4, mask.shape[1] // 8))
         difference = norm = 0.0
         for head, order in enumerate(self.order):
             query, key, value = (x[0, head].double()[order] for x in tensors)
+            mean_key, mean_value = (torch.stack([x.mean(0) for x in tensor.split(BLOCK)]) for tensor in (key, value))
+            sizes = torch.tensor([len(part) for part in order.split(BLOCK)])
             for row in rows:
                 tokens = slice(row * BLOCK, (row + 1) * BLOCK)
+                skipped = ~mask[head, row] & compensate
                 kept = mask[head, row].repeat_interleave(BLOCK)[: len(order)]
-                logits = query[tokens] @ key[kept].T * self.shape.head_dim**-0.5
-                expected = logits.softmax(-1) @ value[kept]
+                keys, values = torch.cat((key[kept], mean_key[skipped])), torch.cat((value[kept], mean_value[skipped]))
+                counts = torch.cat((torch.ones(len(keys) - int(skipped.sum())), sizes[skipped])).double()
+                logits = query[tokens] @ keys.T * self.shape.head_dim**-0.5 + counts.log()
+                expected = logits.softmax(-1) @ values
                 difference += float((output[0, head].double()[order[tokens]] - expected).square().sum())
                 norm += float(expected.square().sum())
         return math.sqrt(difference / norm)

@@ -14,6 +14,7 @@ def attend(
     mask: Tensor | None,
     mask_block_q: int,
     mask_block_kv: int,
+    compensate: Tensor | None,
     key_mask: Tensor | None,
     qk: list[str],
     pv: list[str],

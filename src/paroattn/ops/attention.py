@@ -116,7 +116,6 @@ def attention(
         precisions,
         device=query.device,
         block_shape=(BLOCK, BLOCK) if block_mask is None else (block_mask.block_q, block_mask.block_kv),
-        compensate=any(compensates),
     )
     output, lse = chosen.attend(
         query,
@@ -125,7 +124,7 @@ def attention(
         permutation=permutation,
         block_mask=block_mask,
         precisions=precisions,
-        compensate=compensates,
+        compensate=torch.tensor(compensates, device=query.device) if any(compensates) else None,
         key_mask=key_mask,
         scale=checked_scale(scale, head_dim),
     )

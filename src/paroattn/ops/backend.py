@@ -28,7 +28,7 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None if it can."""
 
-    def unsupported(self, device: torch.device | None, block_shape: tuple[int, int], compensate: bool) -> str | None:
+    def unsupported(self, device: torch.device | None, block_shape: tuple[int, int]) -> str | None:
         """What of a call it does not do, or None; no device means that the tensors are not known yet."""
 
     def attend(
@@ -40,11 +40,14 @@ class Backend(Protocol):
         permutation: Tensor | None,
         block_mask: BlockMask | None,
         precisions: Sequence[Precision],
-        compensate: Sequence[bool],
+        compensate: Tensor | None,
         key_mask: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of validated inputs in "HND" layout: output like query, lse float32 [B, H, N]."""
+        """Attention of validated inputs in "HND" layout: output like query, lse float32 [B, H, N].
+
+        compensate: bool [H] on query's device, or None for no head.
+        """
 
 
 _BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}  # "auto" tries them in this order
@@ -66,7 +69,6 @@ def choose_backend(
     *,
     device: torch.device | None = None,
     block_shape: tuple[int, int] = (BLOCK, BLOCK),
-    compensate: bool = False,
 ) -> Backend:
     """The backend module for a kind of call; "auto" takes the first one that does it and says which, once.
 
@@ -78,13 +80,13 @@ def choose_backend(
             raise ValueError(
                 f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}"
             )
-        reason = _refusal(name, precisions, device, block_shape, compensate)
+        reason = _refusal(name, precisions, device, block_shape)
         if reason:
             raise ValueError(reason)
         return _BACKENDS[name]
     reasons: list[str] = []
     for candidate in _BACKENDS:
-        reason = _refusal(candidate, precisions, device, block_shape, compensate)
+        reason = _refusal(candidate, precisions, device, block_shape)
         if not reason:
             if not torch.compiler.is_compiling():
                 _log_choice(candidate, "; ".join(reasons))
@@ -98,10 +100,9 @@ def _refusal(
     precisions: Sequence[Precision],
     device: torch.device | None,
     block_shape: tuple[int, int],
-    compensate: bool,
 ) -> str | None:
     backend = _BACKENDS[name]
-    reason = backend.unavailable() or backend.unsupported(device, block_shape, compensate)
+    reason = backend.unavailable() or backend.unsupported(device, block_shape)
     if reason:
         return f"backend {name!r} cannot do this: {reason}"
     for precision in precisions:

@@ -53,12 +53,10 @@ def usable_capabilities() -> tuple[str, ...]:
     return _cpu.CAPABILITIES[: _cpu.CAPABILITIES.index(_cpu.best_capability()) + 1]
 
 
-def unsupported(device: torch.device | None, block_shape: tuple[int, int], compensate: bool) -> str | None:
+def unsupported(device: torch.device | None, block_shape: tuple[int, int]) -> str | None:
     """What of a call this backend does not do, or None."""
     if device is not None and device.type != "cpu":
         return f"the tensors are on {device}; it takes tensors on the CPU"
-    if compensate:
-        return "compensate is True; it drops skipped blocks"
     if block_shape[0] % BLOCK or block_shape[1] % BLOCK:
         return f"block_mask has blocks of {block_shape[0]} x {block_shape[1]}; it takes multiples of {BLOCK}"
     return None
@@ -72,12 +70,12 @@ def attend(
     permutation: Tensor | None,
     block_mask: BlockMask | None,
     precisions: Sequence[Precision],
-    compensate: Sequence[bool],
+    compensate: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of validated inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
-    arguments = kernel_arguments(query, key, value, permutation, block_mask, precisions, key_mask, scale)
+    arguments = kernel_arguments(query, key, value, permutation, block_mask, precisions, compensate, key_mask, scale)
     return torch.ops.paroattn.cpu_attention(*arguments)
 
 
@@ -88,6 +86,7 @@ def kernel_arguments(
     permutation: Tensor | None,
     block_mask: BlockMask | None,
     precisions: Sequence[Precision],
+    compensate: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Any, ...]:
@@ -98,7 +97,7 @@ def kernel_arguments(
     qk = ",".join(_kernel_format(precision.qk, query.dtype) for precision in precisions)
     pv = ",".join(_kernel_format(precision.pv, query.dtype) for precision in precisions)
     tensors = (_with_adjacent_channels(x.detach()) for x in (query, key, value))
-    return (*tensors, permutation, mask_bits, block_shape, key_mask, qk, pv, scale)
+    return (*tensors, permutation, mask_bits, block_shape, compensate, key_mask, qk, pv, scale)
 
 
 def _kernel_format(number_format: str, dtype: torch.dtype) -> str:
@@ -118,6 +117,7 @@ def cpu_attention(
     permutation: Tensor | None,
     mask_bits: Tensor | None,
     block_shape: list[int],
+    compensate: Tensor | None,
     key_mask: Tensor | None,
     qk: str,
     pv: str,
@@ -125,11 +125,11 @@ def cpu_attention(
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention in HND layout: output like query and lse [B, H, N].
 
-    permutation [H, N]; mask_bits uint8 [H, q blocks, bytes] in blocks of block_shape; key_mask bool [B, N]; qk and pv
-    are the formats of the heads, separated by commas.
+    permutation [H, N]; mask_bits uint8 [H, q blocks, bytes] in blocks of block_shape; compensate bool [H]; key_mask
+    bool [B, N]; qk and pv are the formats of the heads, separated by commas.
     """
     output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
-    run_kernel(output, lse, query, key, value, permutation, mask_bits, block_shape, key_mask, qk, pv, scale)
+    run_kernel(output, lse, query, key, value, permutation, mask_bits, block_shape, compensate, key_mask, qk, pv, scale)
     return output, lse
 
 
@@ -147,6 +147,7 @@ def run_kernel(
     permutation: Tensor | None,
     mask_bits: Tensor | None,
     block_shape: list[int],
+    compensate: Tensor | None,
     key_mask: Tensor | None,
     qk: str,
     pv: str,
@@ -163,6 +164,7 @@ def run_kernel(
         None if mask_bits is None else mask_bits.contiguous(),
         block_shape[0],
         block_shape[1],
+        None if compensate is None else compensate.view(torch.uint8).contiguous(),
         None if key_mask is None else key_mask.view(torch.uint8).contiguous(),
         qk.split(","),
         pv.split(","),

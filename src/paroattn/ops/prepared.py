@@ -63,7 +63,6 @@ class PreparedAttention:
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._compensate = layer_plan.compensate if _compensates(layer_plan) else None
         self._backend = choose_for_layer(backend, layer_plan, device)
         permutation = _moved(layer_plan.permutation, device)
         if permutation is not None:
@@ -71,6 +70,8 @@ class PreparedAttention:
         self._permutation = permutation
         self._mask_table = _moved(layer_plan.mask_table, device)
         self._mask_index = _moved(layer_plan.mask_index, device)
+        compensates = layer_plan.compensate is not None and bool(layer_plan.compensate.any())
+        self._compensate = _moved(layer_plan.compensate, device) if compensates else None
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, step: Tensor, key_mask: Tensor | None = None
@@ -79,7 +80,8 @@ class PreparedAttention:
 
         Args:
             query, key, value: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"), of the prepared dtype and device.
-            step: 0-dim integer tensor on that device: the step bucket (`Plan.bucket_of`), which selects the masks.
+            step: 0-dim integer tensor on that device: the step bucket (`Plan.bucket_of`), which selects the masks and
+                the heads with compensation.
             key_mask: bool [B, N] in input order, False for padding.
 
         Returns:
@@ -90,14 +92,15 @@ class PreparedAttention:
         check_tensors(query, key, value, key_mask)
         self._check_shape(query)
         plan = self.layer_plan
-        block_mask, compensate = None, [False] * plan.heads
+        block_mask = compensate = None
+        bucket = step.reshape(1).long()
+        # index_select reads the step on the device; indexing would ask for its value here.
         if self._mask_table is not None and self._mask_index is not None:
-            # index_select reads the step on the device; indexing would ask for its value here.
-            masks = self._mask_index.index_select(0, step.reshape(1).long())[0]
+            masks = self._mask_index.index_select(0, bucket)[0]
             bits = self._mask_table.index_select(0, masks.long())
             block_mask = BlockMask(bits, query.shape[2], plan.block_q, plan.block_kv)
         if self._compensate is not None:
-            compensate = self._compensate[int(step)].tolist()
+            compensate = self._compensate.index_select(0, bucket)[0]
         output, _ = self._backend.attend(
             query,
             key,
@@ -130,12 +133,7 @@ def choose_for_layer(name: str, layer_plan: LayerPlan, device: torch.device | No
         layer_plan.precisions,
         device=device,
         block_shape=(layer_plan.block_q, layer_plan.block_kv),
-        compensate=_compensates(layer_plan),
     )
-
-
-def _compensates(plan: LayerPlan) -> bool:
-    return plan.compensate is not None and bool(plan.compensate.any())
 
 
 def _check_parts(plan: LayerPlan) -> None:

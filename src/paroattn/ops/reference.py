@@ -1,7 +1,8 @@
 """The definition of paroattn's attention, in plain PyTorch: every other backend is tested against this file.
 
 It walks over heads and over rows of blocks, gathers the kept blocks of keys and values, and computes them with the
-quantisation that kernels do. It is meant to be read; memory stays small because one row of blocks is held at a time.
+quantisation that kernels do. Where skipped blocks are compensated, each is one mean token, and blocks of mean tokens
+follow the kept blocks. It is meant to be read; memory stays small because one row of blocks is held at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, BlockMask
 from paroattn.quantize import (
+    NumberFormat,
     PQuantization,
     Precision,
     is_integer,
     quantize_channels,
     quantize_probabilities,
     quantize_tokens,
+    rotate_channels,
 )
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
@@ -34,7 +37,7 @@ def unavailable() -> None:
     """It runs everywhere."""
 
 
-def unsupported(device: torch.device | None, block_shape: tuple[int, int], compensate: bool) -> None:
+def unsupported(device: torch.device | None, block_shape: tuple[int, int]) -> None:
     """It does everything."""
 
 
@@ -46,7 +49,7 @@ def attend(
     permutation: Tensor | None,
     block_mask: BlockMask | None,
     precisions: Sequence[Precision],
-    compensate: Sequence[bool],
+    compensate: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     p_quantization: PQuantization = PQuantization(),
@@ -56,7 +59,7 @@ def attend(
     Args:
         query: [B, H, N, D]; key, value: [B, H_kv, N, D].
         permutation: [H, N] or None; block_mask with H heads or None for all blocks; key_mask bool [B, N] or None.
-        precisions, compensate: one per head.
+        precisions: one per head; compensate: bool [H], or None for no head.
         p_quantization: how integer P is scaled; backends declare theirs, so that this file can be their oracle.
 
     Returns:
@@ -80,7 +83,7 @@ def attend(
             None if blocks is None else blocks[head],
             (block_q, block_kv),
             precisions[head],
-            compensate[head],
+            compensate is not None and bool(compensate[head]),
             scale,
             p_quantization,
         )
@@ -109,51 +112,83 @@ def _attend_head(
         k_mean = k.mean(1, keepdim=True)
         shift = (q @ k_mean.mT).squeeze(-1) * scale
         k = k - k_mean
-    q_int, k_int = quantize_tokens(q, precision.qk), quantize_tokens(k, precision.qk)
+    if precision.qk == "int4":
+        q, k = rotate_channels(q), rotate_channels(k)
     v_mean = torch.zeros_like(v[:, :1])
     if is_integer(precision.pv):
         v_mean = v.mean(1, keepdim=True)
         v = v - v_mean  # the rows of P sum to 1: the output gets the mean back
-    v_int = quantize_channels(v, precision.pv)
+    q_int, k_int, v_int = (
+        quantize_tokens(q, precision.qk),
+        quantize_tokens(k, precision.qk),
+        quantize_channels(v, precision.pv),
+    )
 
-    def in_blocks(x: Tensor) -> Tensor:  # [B, N, ...] -> [B, kv blocks, block_kv, ...]
-        padding = (0, 0) * (x.ndim - 2) + (0, -tokens % block_kv)
-        return pad(x, padding).unflatten(1, (-1, block_kv))
-
-    k_values, k_scales, v_values = in_blocks(k_int.values), in_blocks(k_int.scale), in_blocks(v_int.values)
-    valid_blocks = in_blocks(valid)
+    # Columns of the attention map, in blocks: the tokens, then, one for each of their blocks, the mean tokens.
+    columns = [_in_blocks(x, block_kv) for x in (k_int.values, k_int.scale, v_int.values * v_int.scale, valid.float())]
+    kv_blocks, mean_blocks = columns[0].shape[1], 0
     if compensate:
-        count = valid_blocks.sum(-1, keepdim=True)  # [B, kv blocks, 1]
-        mean_k = (in_blocks(k) * valid_blocks.unsqueeze(-1)).sum(2) / count.clamp(min=1)
-        mean_v = (in_blocks(v) * valid_blocks.unsqueeze(-1)).sum(2) / count.clamp(min=1)
+        means = [_in_blocks(x, block_kv) for x in _mean_tokens(k, v, valid, block_kv, precision, v_int.scale)]
+        columns = [torch.cat(both, 1) for both in zip(columns, means, strict=True)]
+        mean_blocks = means[0].shape[1]
+    k_values, k_scales, v_values, counts = columns  # a column stands for `counts` tokens; none hides it
 
-    output, lse = torch.empty_like(q), torch.empty_like(shift)
+    output, lse = torch.empty_like(v), torch.empty_like(shift)
     for row, start in enumerate(range(0, tokens, block_q)):
         rows = slice(start, min(start + block_q, tokens))
-        kept = torch.ones_like(valid_blocks[0, :, 0]) if blocks is None else blocks[row]
-        integer_logits = q_int.values[:, rows] @ k_values[:, kept].flatten(1, 2).mT
-        logits = integer_logits * (q_int.scale[:, rows] * scale) * k_scales[:, kept].flatten(1, 2).mT
-        logits = logits.masked_fill(~valid_blocks[:, kept].flatten(1, 2).unsqueeze(1), -torch.inf)
-        logits = logits.unflatten(-1, (-1, block_kv))  # [B, rows, kept blocks, block_kv]
+        kept = torch.ones_like(counts[0, :kv_blocks, 0], dtype=torch.bool) if blocks is None else blocks[row]
+        skipped = _in_blocks(~kept.unsqueeze(0), block_kv)[:, :mean_blocks]  # mean tokens that stand in
+        visited = torch.cat((kept, torch.ones_like(skipped[0, :, 0])))
+        count = torch.cat((counts[:, :kv_blocks][:, kept], counts[:, kv_blocks:] * skipped), 1).unsqueeze(1)
+
+        integer_logits = q_int.values[:, rows] @ k_values[:, visited].flatten(1, 2).mT
+        logits = integer_logits * (q_int.scale[:, rows] * scale) * k_scales[:, visited].flatten(1, 2).mT
+        logits = logits.unflatten(-1, (-1, block_kv)) + count.log()  # [B, rows, visited blocks, block_kv]
+        logits = logits.masked_fill(count == 0, -torch.inf)
 
         # Online softmax: each block sees the row maximum of the blocks up to it, and P is rounded relative to that.
         running_max = logits.amax(-1).cummax(-1).values.clamp(min=torch.finfo(torch.float32).min)
         row_max = running_max[..., -1:]
-        if compensate:
-            mean_logits = q[:, rows] @ mean_k[:, ~kept].mT * scale + count[:, ~kept].mT.log()
-            row_max = torch.cat((row_max, mean_logits), -1).amax(-1, keepdim=True)
         p = (logits - running_max.unsqueeze(-1)).exp()
         weight = (running_max - row_max).exp()
         total = (p.sum(-1) * weight).sum(-1, keepdim=True)  # of P before rounding
 
-        p_int = quantize_probabilities(p, precision.pv, p_quantization)
-        weighted = p_int.values * (p_int.scale * weight.unsqueeze(-1))
-        summed = weighted.flatten(2) @ v_values[:, kept].flatten(1, 2) * v_int.scale
-        if compensate:
-            mean_p = (mean_logits - row_max).exp()
-            total = total + mean_p.sum(-1, keepdim=True)
-            summed = summed + mean_p @ mean_v[:, ~kept]
+        p_tokens, p_means = p.split((p.shape[2] - mean_blocks, mean_blocks), 2)
+        p_int = (
+            quantize_probabilities(p_tokens, precision.pv, p_quantization),
+            quantize_probabilities(p_means, _mean_format(precision.pv), p_quantization),
+        )
+        rounded = torch.cat([part.values * part.scale for part in p_int], 2) * weight.unsqueeze(-1)
+        summed = rounded.flatten(2) @ v_values[:, visited].flatten(1, 2)
         # total is 0 where key_mask hides every kept key
         output[:, rows] = torch.where(total == 0, 0, summed / total + v_mean)
         lse[:, rows] = (total.log() + row_max).squeeze(-1) + shift[:, rows]
     return output, lse
+
+
+def _mean_tokens(
+    k: Tensor, v: Tensor, valid: Tensor, block_kv: int, precision: Precision, v_scale: Tensor
+) -> tuple[Tensor, ...]:
+    """The mean of each block's valid tokens: rounded keys, their scales, rounded values, how many tokens each is of.
+
+    Mean values are smaller than values: beside the channels' scales they get one per group of mean tokens.
+    """
+    count = _in_blocks(valid.float(), block_kv).sum(2)  # [B, kv blocks]
+    k_mean, v_mean = (
+        _in_blocks(x.masked_fill(~valid.unsqueeze(-1), 0), block_kv).sum(2) / count.clamp(min=1).unsqueeze(-1)
+        for x in (k, v)
+    )
+    k_int = quantize_tokens(k_mean, _mean_format(precision.qk))
+    v_int = quantize_tokens(v_mean / v_scale, _mean_format(precision.pv))
+    return k_int.values, k_int.scale, v_int.values * v_int.scale * v_scale, count
+
+
+def _mean_format(number_format: NumberFormat) -> NumberFormat:
+    """Mean tokens are few and each stands for many: 4 bits would cost accuracy for nothing."""
+    return "int8" if number_format == "int4" else number_format
+
+
+def _in_blocks(x: Tensor, block_kv: int) -> Tensor:
+    """Columns [B, N, ...] as [B, blocks, block_kv, ...], padded with zeros."""
+    padding = (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % block_kv)
+    return pad(x, padding).unflatten(1, (-1, block_kv))
