@@ -4,7 +4,8 @@
     python benchmarks/update_tables.py --check  # exit 1 if a table differs from its records
 
 A table stands between `<!-- records: NAME -->` and `<!-- end -->`, and NAME.jsonl holds its records. With
-`<!-- records: NAME density=0.3 -->` it shows those of one density only, beside dense SDPA.
+`<!-- records: NAME density=0.3 -->` it shows those of one density only, beside dense SDPA, and with
+`<!-- records: NAME group=parts -->` one group of an ablation beside the paper's method and ours.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/cpu.md", ROOT / "src/paroattn/models/moving_digits/README.md")
-TABLE = re.compile(r"(<!-- records: ([\w-]+)(?: density=([\d.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs/cpu.md",
+    ROOT / "docs/results.md",
+    ROOT / "src/paroattn/models/moving_digits/README.md",
+)
+TABLE = re.compile(r"(<!-- records: ([\w-]+)(?: (density|group)=([\w.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def evaluation_table(records: list[dict]) -> list[str]:
@@ -71,21 +77,73 @@ def attention_table(records: list[dict]) -> list[str]:
     ]
 
 
+def ablation_table(records: list[dict]) -> list[str]:
+    """PSNR of each method, a column per density (and precision), and paired differences to the paper's method."""
+    places = list(dict.fromkeys((record["asked_density"], record["precision"]) for record in records))
+    rows: dict[str, dict] = {}
+    for record in records:
+        rows.setdefault(record["method"], {})[record["asked_density"], record["precision"]] = record
+    heads = [f"{density:g}" + ("" if precision == "exact" else f" + {precision}") for density, precision in places]
+    lines = ["| PSNR (dB) | " + " | ".join(heads) + " |", "|---|" + "---|" * len(places)]
+    for method, cells in rows.items():
+        shown = [_with_gain(cells[place], method) if place in cells else "" for place in places]
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    first = records[0]
+    return [
+        *lines,
+        "",
+        f"Mean over {len(first['pairs'])} prompt/seed pairs; in brackets the mean paired difference to the paper's "
+        "method at the same density and precision and its standard error. "
+        f"{first['settings']['num_inference_steps']} steps; {surroundings(first)}.",
+    ]
+
+
+def _with_gain(record: dict, method: str) -> str:
+    if record["psnr"] is None:
+        return "∞"
+    shown = f"{record['psnr']:.2f}"
+    if method == "paper" or record["over_paper"] is None:
+        return shown
+    return f"{shown} ({record['over_paper']:+.2f} ± {record['over_paper_error']:.2f})"
+
+
+def closeness_table(records: list[dict]) -> list[str]:
+    """The columns of the paper's table 1 that compare with full attention."""
+    lines = ["| method | density | precision | PSNR (dB) | SSIM | CosSim |", "|---|---|---|---|---|---|"]
+    for record in records:
+        cells = [f"{record[name]:.{digits}f}" for name, digits in (("psnr", 2), ("ssim", 4), ("cosine", 4))]
+        lines.append(
+            f"| {record['method']} | {record['density']:.3f} | {record['precision']} | " + " | ".join(cells) + " |"
+        )
+    return lines
+
+
 def surroundings(record: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"{record['machine']}, {record['threads']} threads; {versions}"
 
 
-KINDS = {"evaluation": evaluation_table, "attention": attention_table}
+KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table}
 
 
 def updated(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "records" / f"{match[2]}.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        if match[3]:
-            records = [item for item in records if item["density"] == float(match[3]) or item["method"] == "sdpa"]
-        return match[1] + "\n".join(KINDS[records[0]["kind"]](records)) + "\n" + match[4]
+        make = KINDS[records[0]["kind"]]
+        if match[3] == "density":
+            records = [item for item in records if item["density"] == float(match[4]) or item["method"] == "sdpa"]
+        elif match[3] == "group" and match[4] == "all":
+            make = closeness_table
+        elif match[3] == "group":
+            places = {(item["asked_density"], item["precision"]) for item in records if item["group"] == match[4]}
+            records = [
+                item
+                for item in records
+                if item["group"] == match[4]
+                or (item["method"] in ("paper", "ours") and (item["asked_density"], item["precision"]) in places)
+            ]
+        return match[1] + "\n".join(make(records)) + "\n" + match[5]
 
     return TABLE.sub(fill, text)
 

@@ -21,7 +21,7 @@ def plan_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "small.safetensors"
     result = run("calibrate", "--prompt", PROMPT, "--density", "0.4", "--output", path, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "density 0.399" in result.output
+    assert "density 0.400" in result.output
     return path
 
 
@@ -56,7 +56,7 @@ def test_evaluate_compares_given_plans(plan_path, tmp_path):
 def test_demo_prints_the_table_and_writes_the_report(tmp_path):
     result = run("demo", "--output-dir", tmp_path / "demo", *SMALL)
     assert result.exit_code == 0, result.output
-    for variant in ("PARO 0.5", "PARO 0.3", "PARO 0.2", "without orders", "INT8"):
+    for variant in ("paroattn 0.5", "paroattn 0.3", "paroattn 0.2", "paper 0.3", "INT8"):
         assert variant in result.output
     written = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert written == ["plans", "records.jsonl", "report.html"]
@@ -66,9 +66,31 @@ def test_demo_prints_the_table_and_writes_the_report(tmp_path):
     assert len(list((tmp_path / "demo" / "plans").iterdir())) == 5
 
 
+def test_ablate_compares_methods_and_writes_a_record_each(tmp_path):
+    chosen = ("paper", "ours", "sliding window", "vertical-slash", "compensation everywhere")
+    options = [word for name in chosen for word in ("--method", name)]
+    result = run("ablate", "--density", "0.4", "--pairs", "2", "--output-dir", tmp_path, *options, *SMALL)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert {record["method"] for record in records} == set(chosen)
+    by_place = {(record["method"], record["asked_density"], record["precision"]): record for record in records}
+    ours, paper = by_place["ours", 0.4, "exact"], by_place["paper", 0.4, "exact"]
+    assert ours["density"] == pytest.approx(0.4, abs=0.01)
+    gains = [a - b for a, b in zip(ours["psnr_pairs"], paper["psnr_pairs"], strict=True)]
+    assert ours["over_paper"] == pytest.approx(sum(gains) / 2)
+    assert ours["over_paper_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
+    assert paper["over_paper"] == 0
+    assert by_place["ours", 0.5, "int4"]["psnr"] < by_place["ours", 1.0, "int8"]["psnr"]
+    assert "over the paper" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["ablate", "--density", "0"], "density is 0"),
+        (["ablate", "--density", "0.4", "--method", "bogus", *SMALL], "method 'bogus' is unknown"),
+        (["calibrate", "--method", "bogus"], "'bogus' is not one of"),
+        (["calibrate", "--block-q", "32"], "'32' is not one of"),
         (["calibrate", "--density", "1.5"], "density is 1.5"),
         (["calibrate", "--precision", "int3"], "int3"),
         (["calibrate", "--model", "no-such-model"], "model 'no-such-model' does not exist"),
@@ -115,7 +137,7 @@ def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
         assert message in result.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "calibrate", "generate", "inspect", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "calibrate", "generate", "inspect", "evaluate", "ablate"])
 def test_every_command_shows_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0

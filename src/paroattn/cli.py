@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -103,9 +103,9 @@ def main() -> None:
 @_backend_option
 @_json_option
 def demo(output_dir: Path, as_json: bool, backend: str, **model_arguments: Any) -> None:
-    """Calibrate on two prompts, generate two others with full and PARO attention, and compare.
+    """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
-    Writes report.html with the videos side by side. Takes some minutes on a CPU.
+    Writes report.html with the videos side by side. Takes about ten minutes on two CPU cores.
     """
     model = _load(**model_arguments)
     calibration, pairs = _prompts(model, (), (), _DEMO_PAIRS)
@@ -138,7 +138,7 @@ def demo(output_dir: Path, as_json: bool, backend: str, **model_arguments: Any) 
     type=float,
     default=_DENSITIES,
     show_default=True,
-    help="Densities with and without token orders; repeatable.",
+    help="Densities of paroattn's plans and the paper's; repeatable.",
 )
 @click.option(
     "--output-dir",
@@ -177,6 +177,101 @@ def evaluate(
 
 @main.command(
     epilog=_examples(
+        "paroattn ablate --output-dir runs/ablation",
+        "paroattn ablate --density 0.3 --pairs 2 --method paper --method ours",
+    ),
+)
+@click.option(
+    "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
+)
+@click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101.")
+@click.option("--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable.")
+@click.option(
+    "--density",
+    "densities",
+    multiple=True,
+    type=float,
+    default=_DENSITIES,
+    show_default=True,
+    help="Densities of all methods; repeatable.",
+)
+@click.option("--method", "methods", multiple=True, help="Only rows of this name; repeatable. Default: all.")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="runs/ablate",
+    show_default=True,
+    help="Where records.jsonl is written.",
+)
+@_model_options
+@_backend_option
+@_json_option
+def ablate(
+    pair_count: int,
+    prompts: tuple[str, ...],
+    calibration_prompts: tuple[str, ...],
+    densities: tuple[float, ...],
+    methods: tuple[str, ...],
+    output_dir: Path,
+    as_json: bool,
+    backend: str,
+    **model_arguments: Any,
+) -> None:
+    """Compare methods, densities and precisions: the paper's, paroattn's part by part, and other mask rules.
+
+    Takes about an hour on two CPU cores for the bundled model.
+    """
+    from paroattn.calibration.select import check_density
+    from paroattn.evaluation import ablation
+    from paroattn.evaluation.records import write_records
+
+    for density in densities:
+        check_density(density)
+    for name in methods:
+        if name not in ablation.METHODS:
+            raise click.UsageError(f"method {name!r} is unknown; expected one of {', '.join(ablation.METHODS)}")
+    model = _load(**model_arguments)
+    calibration, pairs = _prompts(model, calibration_prompts, prompts, pair_count)
+    for prompt, _ in pairs:
+        model.call_arguments(prompt)  # unknown words are found before minutes of calibration
+    measured = ablation.measure(model, calibration, densities, progress=not as_json)
+    cases = ablation.cases(measured, densities, backend=backend)
+    chosen = [case for case in cases if not methods or case.method in methods]
+    results = []
+    for result in ablation.run(model, chosen, pairs, progress=not as_json):
+        results.append(result)
+        records = ablation.ablation_records(model, results, pairs)
+        write_records(records, output_dir / "records.jsonl")  # after each row, so that an interrupted run leaves rows
+    if as_json:
+        click.echo(json.dumps(records, indent=2))
+        return
+    table = Table("method", title=f"closeness to full attention over {len(pairs)} prompt/seed pairs, ± standard error")
+    for column in ("density", "precision", "PSNR (dB)", "SSIM", "cosine", "over the paper (dB)"):
+        table.add_column(column, justify="right")
+    for record in sorted(records, key=lambda item: (item["group"] == "precision", -item["asked_density"])):
+        table.add_row(
+            record["method"],
+            f"{record['density']:.3f}",
+            record["precision"],
+            _with_error(record, "psnr", 2),
+            _with_error(record, "ssim", 4),
+            _with_error(record, "cosine", 4),
+            _with_error(record, "over_paper", 2) if record["method"] != ablation.PAPER else "",
+        )
+    console = _console()
+    console.print(table)
+    console.print(f"records: {output_dir / 'records.jsonl'}", soft_wrap=True)
+
+
+def _with_error(record: Any, key: str, digits: int) -> str:
+    value, error = record[key], record[f"{key}_error"]
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+@main.command(
+    epilog=_examples(
         "paroattn calibrate --prompt 'a slow red two over the cat' --density 0.3 --output digits.safetensors",
         "paroattn calibrate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt 'a cat' --output wan.safetensors",
     ),
@@ -189,6 +284,16 @@ def evaluate(
     "--precision", default="exact", show_default=True, help="exact, bf16, int8, int4, or qk/pv such as int8/bf16."
 )
 @click.option("--step-buckets", type=click.IntRange(min=1), default=10, show_default=True, help="Most step buckets.")
+@click.option(
+    "--method",
+    type=click.Choice(("cost", "paper")),
+    default="cost",
+    show_default=True,
+    help="Spend blocks by measured cost, or as the paper does.",
+)
+@click.option(
+    "--block-q", type=click.Choice(("64", "128")), default="64", show_default=True, help="Queries per block (cost)."
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -203,6 +308,8 @@ def calibrate(
     density: float,
     precision: str,
     step_buckets: int,
+    method: Literal["cost", "paper"],
+    block_q: str,
     output: Path,
     seed: int,
     **model_arguments: Any,
@@ -224,6 +331,8 @@ def calibrate(
         precision=precision,
         seed=seed,
         step_buckets=step_buckets,
+        method=method,
+        block_q=int(block_q),
     )
     plan.save(output)
     click.echo(f"wrote {output}: density {plan.density():.3f}, {plan.mask_table.shape[0]} masks, grid {plan.grid}")
@@ -407,31 +516,32 @@ def _compare(
     calibration: Sequence[str],
     pairs: Sequence[tuple[str, int]],
     densities: Sequence[float],
-    without_orders_at: Sequence[float],
+    paper_at: Sequence[float],
     int8_at: Sequence[float],
     output_dir: Path,
     backend: str,
     as_json: bool,
 ) -> None:
-    """Calibrate, evaluate the variants, write plans and report."""
+    """Calibrate, evaluate paroattn's plans and the paper's, write plans and report."""
     from paroattn.calibration.select import check_density
     from paroattn.evaluation.pairs import evaluate_variants, variants_of
-    from paroattn.integrations.calibrate import collect_statistics
+    from paroattn.integrations.calibrate import collect_costs
+    from paroattn.integrations.paper import collect_block_sums
 
-    all_densities = {*densities, *without_orders_at, *int8_at}
+    all_densities = sorted({*densities, *paper_at, *int8_at})
     for density in all_densities:
         check_density(density)
     for prompt, _ in pairs:
         model.call_arguments(prompt)  # unknown words are found before minutes of calibration
     arguments = [model.call_arguments(prompt) for prompt in calibration]
-    reordered, original = collect_statistics(
-        model.pipe, arguments, densities=sorted(all_densities), prompt_texts=calibration, with_original_order=True
-    )
-    variants = variants_of(reordered, original, densities, without_orders_at, int8_at)
+    common: dict[str, Any] = {"densities": all_densities, "prompt_texts": calibration}
+    paper, original = collect_block_sums(model.pipe, arguments, fixed_orders=("FHW",), **common)
+    costs = collect_costs(model.pipe, arguments, **common)
+    variants = variants_of(costs, paper, densities, paper_at, int8_at)
     for variant in variants:
         variant.plan.save(output_dir / "plans" / f"{variant.name.lower().replace(' ', '-')}.safetensors")
     evaluation = evaluate_variants(model, variants, pairs, backend=backend)
-    _finish(model, evaluation, (reordered, original), output_dir, as_json)
+    _finish(model, evaluation, (costs, original), output_dir, as_json)
 
 
 def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_json: bool) -> None:
@@ -462,7 +572,7 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
     console.print(table)
     by_name = {result.variant.name: result for result in evaluation.results}
     for name, result in by_name.items():
-        other = by_name.get(name.replace("PARO", "without orders"))
+        other = by_name.get(name.replace("paroattn", "paper"))
         if pairs > 1 and other is not None and other is not result:
             gain, error = result.gain_over(other)
             console.print(f"{name} over {other.variant.name}: {gain:+.2f} dB, standard error {error:.2f}")

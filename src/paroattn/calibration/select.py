@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import pack_bits, text_blocks
+from paroattn.block_mask import BLOCK, pack_bits, text_blocks
 from paroattn.errors import PlanError
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan
@@ -85,8 +85,8 @@ def select_blocks(block_sums: Tensor, density: float, required: Tensor) -> Tenso
     """
     forced = required.expand_as(block_sums).clone()
     forced.scatter_(-1, block_sums.argmax(-1, keepdim=True), True)
+    check_reachable(density, float(forced.double().mean()), blocks=block_sums.numel())
     wanted = round(density * block_sums.numel())
-    _check_reachable(density, wanted, forced)
     ranked = block_sums.masked_fill(forced, torch.inf).flatten().sort(descending=True, stable=True).indices
     kept = torch.zeros(block_sums.numel(), dtype=torch.bool)
     kept[ranked[:wanted]] = True
@@ -105,36 +105,73 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
     sums = statistics.block_sums
     required = text_blocks(statistics.grid)
     masks = torch.stack([torch.stack([select_blocks(layer, density, required) for layer in step]) for step in sums])
-    table, index = torch.unique(pack_bits(masks).flatten(0, 2), dim=0, return_inverse=True)
-    buckets, layers, heads = sums.shape[:3]
-    return Plan(
+    return plan_from_masks(
+        masks,
         model=statistics.model,
         grid=statistics.grid,
         order_names=statistics.order_names,
         order_index=statistics.order_index,
-        precisions=(chosen,),
-        precision_index=torch.zeros(layers, heads, dtype=torch.uint8),
         bucket_edges=statistics.bucket_edges,
-        mask_table=table,
-        mask_index=index.view(buckets, layers, heads).to(torch.int32),
-        compensate=torch.zeros(buckets, layers, heads, dtype=torch.bool),
+        precisions=(chosen,),
         provenance={**statistics.provenance, "density": density},
+    )
+
+
+def plan_from_masks(
+    masks: Tensor,
+    *,
+    model: ModelIdentity,
+    grid: TokenGrid,
+    order_names: tuple[str, ...],
+    order_index: Tensor,
+    bucket_edges: tuple[float, ...],
+    block_q: int = BLOCK,
+    compensate: Tensor | None = None,
+    precisions: tuple[Precision, ...] = (Precision(),),
+    precision_index: Tensor | None = None,
+    provenance: Mapping[str, Any],
+) -> Plan:
+    """A plan from bool masks [buckets, layers, heads, q blocks, kv blocks]; equal ones are stored once.
+
+    Args: as the attributes of `Plan`; compensate None stands for nowhere, precision_index None for the first precision.
+    """
+    table, index = torch.unique(pack_bits(masks).flatten(0, 2), dim=0, return_inverse=True)
+    shape = masks.shape[:3]
+    return Plan(
+        model=model,
+        grid=grid,
+        order_names=order_names,
+        order_index=order_index,
+        precisions=precisions,
+        precision_index=torch.zeros(shape[1:], dtype=torch.uint8) if precision_index is None else precision_index,
+        bucket_edges=bucket_edges,
+        mask_table=table,
+        mask_index=index.view(shape).to(torch.int32),
+        compensate=torch.zeros(shape, dtype=torch.bool) if compensate is None else compensate,
+        provenance=provenance,
+        block_q=block_q,
     )
 
 
 def check_density_for(density: float, grid: TokenGrid) -> None:
     """Raise `PlanError` for a density that no plan of this grid can have; found before anything is measured."""
-    forced = text_blocks(grid)
+    check_reachable(density, least_density(grid), blocks=text_blocks(grid).numel())
+
+
+def least_density(grid: TokenGrid, block_q: int = BLOCK) -> float:
+    """What text blocks and one block per row need."""
+    forced = text_blocks(grid, block_q)
     forced[~forced.any(-1), 0] = True
-    _check_reachable(density, round(density * forced.numel()), forced)
+    return float(forced.double().mean())
 
 
-def _check_reachable(density: float, wanted: int, forced: Tensor) -> None:
-    if wanted < int(forced.sum()):
-        least = math.ceil(float(forced.double().mean()) * 1e4) / 1e4  # rounded up, so that asking for it succeeds
+def check_reachable(density: float, least: float, blocks: int) -> None:
+    """Raise `PlanError` for a density below the least one, when both are rounded to whole blocks."""
+    if round(density * blocks) < round(least * blocks):
+        shown = math.ceil(least * 1e4) / 1e4  # rounded up, so that asking for it succeeds
         raise PlanError(
             f"density {density:g} cannot be reached: text blocks and one block per row already need "
-            f"{least:.4f}. Ask for at least that."
+            f"{shown:.4f}. Ask for at least that."
         )
 
 
@@ -161,3 +198,31 @@ def step_bucket_edges(num_steps: int, most: int) -> tuple[float, ...]:
     if num_steps < 2 or early < 1:
         return (0.0,)
     return (*(0.5 * part / early for part in range(early)), 0.5)
+
+
+def bucket_edges_by_change(changes: Sequence[float], most: int) -> tuple[float, ...]:
+    """Bucket edges such that attention changes equally much within each bucket; every step apart if `most` allows it.
+
+    Args:
+        changes: how much attention maps change from each step to the next, one fewer than there are steps.
+        most: the most buckets allowed.
+
+    Example:
+        >>> bucket_edges_by_change([3.0, 1.0, 1.0, 1.0], most=3)
+        (0.0, 0.2, 0.6)
+    """
+    if most < 1:
+        raise ValueError(f"step_buckets is {most}; expected at least 1")
+    steps = len(changes) + 1
+    if steps <= most:
+        return tuple(step / steps for step in range(steps))
+    total = sum(changes)
+    edges, bucket, passed = [0.0], 0, 0.0
+    for step, change in enumerate(changes, start=1):
+        passed += change
+        # A step starts a bucket when half of the way to it lies in the next equal part of the whole change.
+        number = min(most - 1, int(most * (passed - change / 2) / total)) if total > 0 else 0
+        if number > bucket:
+            bucket = number
+            edges.append(step / steps)
+    return tuple(edges)

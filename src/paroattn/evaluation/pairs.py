@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from paroattn.calibration.budget import CostStatistics, select_by_cost
 from paroattn.calibration.select import CalibrationStatistics, select_plan
 from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness, compare
@@ -111,17 +112,17 @@ def evaluate_variants(
 
 
 def variants_of(
-    reordered: CalibrationStatistics,
-    original: CalibrationStatistics,
+    costs: CostStatistics,
+    paper: CalibrationStatistics,
     densities: Sequence[float],
-    without_orders_at: Sequence[float],
+    paper_at: Sequence[float],
     int8_at: Sequence[float],
 ) -> list[Variant]:
-    """The comparison of the paper's parts: with token orders, without them, and with INT8 on top."""
-    variants = [Variant(f"PARO {density:g}", select_plan(reordered, density=density)) for density in densities]
-    for density in without_orders_at:
-        variants.append(Variant(f"without orders {density:g}", select_plan(original, density=density)))
+    """Plans of paroattn, of the paper's method, and paroattn's with INT8 on top."""
+    variants = [Variant(f"paroattn {density:g}", select_by_cost(costs, density=density)) for density in densities]
+    for density in paper_at:
+        variants.append(Variant(f"paper {density:g}", select_plan(paper, density=density)))
     for density in int8_at:
-        plan = select_plan(reordered, density=density, precision="int8")
-        variants.append(Variant(f"PARO {density:g} + INT8", plan))
+        plan = select_by_cost(costs, density=density, precision="int8")
+        variants.append(Variant(f"paroattn {density:g} + INT8", plan))
     return variants

@@ -31,10 +31,10 @@ def _variant_record(result: VariantResult, evaluation: Evaluation) -> dict[str, 
     plan = result.variant.plan
     figures: dict[str, Any] = {}
     for metric in METRICS:
-        figures[metric] = _finite(result.mean(metric))
+        figures[metric] = finite(result.mean(metric))
         figures[f"{metric}_spread"] = result.spread(metric)
     pairs = [
-        {"prompt": prompt, "seed": seed, **{key: _finite(value) for key, value in asdict(item).items()}}
+        {"prompt": prompt, "seed": seed, **{key: finite(value) for key, value in asdict(item).items()}}
         for (prompt, seed), item in zip(evaluation.pairs, result.closeness, strict=True)
     ]
     return {
@@ -74,7 +74,8 @@ def write_records(records: list[dict[str, Any]], path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(lines))
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """None for what JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 

@@ -1,36 +1,34 @@
-"""Calibrating a pipeline: running it on a few prompts while statistics are taken inside its attention calls."""
+"""Calibrating a pipeline: running it on a few prompts to find token orders, block masks and where blocks count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import paroattn
-from paroattn.calibration.capture import BlockSums, OrderScores
-from paroattn.calibration.select import (
-    CalibrationStatistics,
-    check_density,
-    check_density_for,
-    choose_orders,
-    select_plan,
-    step_bucket_edges,
-)
+from paroattn.block_mask import BLOCK
+from paroattn.calibration.budget import CostStatistics, Selection, interpolate, select_by_cost
+from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
+from paroattn.calibration.select import bucket_edges_by_change, select_plan
 from paroattn.calibration.statistics import OrderCriterion
 from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import Attachment, transformer_of
+from paroattn.integrations.attach import transformer_of
+from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
 from paroattn.integrations.descriptors import identify
+from paroattn.integrations.effects import measure_effects
+from paroattn.integrations.paper import collect_block_sums
 from paroattn.integrations.schedule import Schedule
-from paroattn.order import AXIS_ORDERS
+from paroattn.order import AXIS_ORDERS, candidate_orders
 from paroattn.plan import Plan, bucket_of
 from paroattn.quantize import Precision
 
-Prompt = str | Mapping[str, Any]
-ORDER_STEPS = 3  # denoising steps at which order metrics are taken: orders are stable over steps (paper, section 4.1)
-ORDER_ROW_SHARE = 0.25  # share of the rows of blocks that order metrics look at
+ORDER_STEPS = 3  # denoising steps at which orders are compared: they are stable over steps (paper, section 4.1)
+ORDER_ROW_SHARE = 0.1  # share of the rows of blocks that are looked at to compare orders
+CHANGE_ROW_SHARE = 0.05  # the same to see how attention changes from step to step
 
 
 def calibrate(
@@ -40,27 +38,38 @@ def calibrate(
     density: float = 0.3,
     precision: str | Precision = "exact",
     seed: int = 0,
+    method: Literal["cost", "paper"] = "cost",
     step_buckets: int = 10,
+    block_q: int = BLOCK,
+    order_names: tuple[str, ...] | None = None,
+    int8_share: float = 0.25,
     criterion: OrderCriterion = OrderCriterion(),
-    order_names: tuple[str, ...] = AXIS_ORDERS,
     prompt_texts: Sequence[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
 ) -> Plan:
-    """Find token orders and block masks for a pipeline (paper, sections 4.1 and 4.2).
+    """Find token orders and block masks for a pipeline.
 
-    The pipeline generates from each prompt twice with its own attention: once to choose each head's order, once to
-    add up the blocks of its attention map in that order. The same arguments give the same plan.
+    With method "cost" the pipeline generates from each prompt twice with its own attention: to choose each head's order
+    by the error of its output, and to measure what skipping each block costs. On the first prompt it then measures what
+    errors of the heads and steps do to the final result (up to 9 more generations and some backward passes), so that
+    the blocks go where they count. Method "paper" is the paper's (sections 4.1 and 4.2): axis orders by its criterion,
+    the largest block sums, one density for each layer and step. The same arguments give the same plan.
 
     Args:
         pipe: a diffusers pipeline (Wan 2.1).
         prompts: one or two are enough; each a string, or a mapping of pipeline arguments such as `prompt_embeds`.
-        density: kept blocks over all blocks, in (0, 1], averaged over the heads of each layer.
+        density: kept blocks over all blocks, in (0, 1], averaged over steps, layers and heads.
         precision: number format the plan asks for: "exact", "bf16", "int8", "int4" or a `Precision`.
-        seed: of the initial noise (prompt i uses seed + i) and of the sampled rows.
-        step_buckets: most groups of steps with masks of their own; the second half of the schedule shares one.
-        criterion: parameters of the choice of orders.
-        order_names: candidate orders; ("FHW",) keeps the model's own order.
+        seed: of the initial noise (prompt i uses seed + i), of sampled rows and of random cotangents.
+        method: "cost" or "paper".
+        step_buckets: most groups of steps with masks of their own; where there are more steps, attention changes
+            equally much in each group ("paper": the second half of the schedule shares one).
+        block_q: queries per block, 64 or 128 (method "cost").
+        order_names: candidate orders; default: all axis and tiled orders of the grid ("paper": the axis orders).
+            ("FHW",) keeps the model's own order.
+        int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most (method "cost").
+        criterion: parameters of the paper's choice of orders (method "paper").
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         progress: show a tqdm progress bar.
         **call_arguments: passed to every call of the pipeline (height, width, num_frames, num_inference_steps, ...).
@@ -75,171 +84,123 @@ def calibrate(
     Example:
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
-    Precision.parse(precision)
-    statistics = collect_statistics(
+    parsed = Precision.parse(precision)
+    common: dict[str, Any] = {
+        "seed": seed,
+        "step_buckets": step_buckets,
+        "prompt_texts": prompt_texts,
+        "progress": progress,
+        **call_arguments,
+    }
+    if method == "paper":
+        names = AXIS_ORDERS if order_names is None else order_names
+        statistics = collect_block_sums(
+            pipe, prompts, densities=(density,), criterion=criterion, order_names=names, **common
+        )
+        return select_plan(statistics[0], density=density, precision=parsed)
+    if method != "cost":
+        raise ValueError(f"method is {method!r}; expected 'cost' or 'paper'")
+    costs = collect_costs(
         pipe,
         prompts,
         densities=(density,),
-        seed=seed,
-        step_buckets=step_buckets,
-        criterion=criterion,
+        block_q=block_q,
         order_names=order_names,
-        prompt_texts=prompt_texts,
-        progress=progress,
-        **call_arguments,
+        int4="int4" in (parsed.qk, parsed.pv),
+        **common,
     )
-    return select_plan(statistics[0], density=density, precision=precision)
+    return select_by_cost(costs, density=density, precision=parsed, int8_share=int8_share)
 
 
-def collect_statistics(
+def collect_costs(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
-    densities: Sequence[float] = (),
+    densities: Sequence[float] = (0.3,),
     seed: int = 0,
     step_buckets: int = 10,
-    criterion: OrderCriterion = OrderCriterion(),
-    order_names: tuple[str, ...] = AXIS_ORDERS,
-    with_original_order: bool = False,
+    block_q: int = BLOCK,
+    order_names: tuple[str, ...] | None = None,
+    int4: bool = False,
+    effects: bool = True,
     prompt_texts: Sequence[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
-) -> list[CalibrationStatistics]:
+) -> CostStatistics:
     """The measuring part of `calibrate`: plans of several densities can be selected from one run.
 
     Args: as `calibrate`; `densities` are the ones plans will be selected for, checked as soon as the grid is known;
-        `with_original_order` also measures the model's own order, for comparison.
-
-    Returns:
-        Statistics in the chosen orders, then, if asked for, in the model's own order.
+        effects are measured at the middle one. `int4` also measures which heads INT4 hurts. Without `effects` all
+        weights are one, which serves uniform budgets.
     """
-    if isinstance(prompts, (str, Mapping)) or not prompts:
-        raise ValueError(f"prompts is {prompts!r}; expected a list of at least one prompt")
-    for density in densities:
-        check_density(density)
-    run = _CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
+    if block_q not in (BLOCK, 2 * BLOCK):
+        raise ValueError(f"block_q is {block_q!r}; expected 64 or 128")
+    if step_buckets < 1:
+        raise ValueError(f"step_buckets is {step_buckets}; expected at least 1")
+    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
     identity = identify(transformer_of(pipe))
+    shape = (identity.layers, identity.heads)
+    names, chosen, changes = _choose_orders(run, shape, order_names, block_q, seed)
+    edges = bucket_edges_by_change(changes, step_buckets)
+    costs = BlockCosts(len(edges), names, chosen, run.grid, block_q)
 
-    scores: list[OrderScores] = []
+    def add_up(
+        layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> None:
+        costs.add(bucket_of(edges, schedule.step, schedule.num_steps), layer, query, key, value, scale)
 
-    def score(layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, scale: float) -> None:
-        if not scores:
-            shape = (identity.layers, identity.heads)
-            scores.append(OrderScores(*shape, grid, order_names, criterion, ORDER_ROW_SHARE, seed))
-        if schedule.step in _spread(ORDER_STEPS, schedule.num_steps):
-            scores[0].add(layer, query, key, scale)
-
-    if len(order_names) > 1:
-        run.generate(score, "calibration 1/2, token orders")
-        chosen = choose_orders(*scores[0].means(), criterion.alpha)
-    else:
-        chosen = torch.zeros(identity.layers, identity.heads, dtype=torch.uint8)
-
-    choices = [(order_names, chosen)]
-    if with_original_order:
-        choices.append((("FHW",), torch.zeros_like(chosen)))
-    sums: list[BlockSums] = []
-    edges: list[tuple[float, ...]] = []
-
-    def add_up(layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, scale: float) -> None:
-        if not sums:
-            edges.append(step_bucket_edges(schedule.num_steps, step_buckets))
-            sums.append(BlockSums(len(edges[0]), choices, grid))
-        bucket = bucket_of(edges[0], schedule.step, schedule.num_steps)
-        sums[0].add(bucket, layer, query, key, scale)
-
-    run.generate(add_up, "calibration 2/2, block sums")
-    provenance = {
-        "paroattn": paroattn.__version__,
-        "prompts": list(prompt_texts) if prompt_texts else [_text_of(prompt) for prompt in prompts],
-        "seed": seed,
-        "num_inference_steps": run.num_steps,
-        "criterion": {
-            "alpha": criterion.alpha,
-            "epsilon": criterion.epsilon_for(run.grid.tokens),
-            "sigma": criterion.sigma,
+    run.generate(add_up, "calibration 2/4, costs of blocks")
+    block_sums, block_costs, errors, norms = costs.means()
+    statistics = CostStatistics(
+        model=identity,
+        grid=run.grid,
+        order_names=names,
+        order_index=chosen,
+        bucket_edges=edges,
+        block_q=block_q,
+        block_sums=block_sums,
+        costs=block_costs,
+        errors=errors,
+        norms=norms,
+        weights=torch.ones_like(norms),
+        int4_effects=torch.zeros(shape, dtype=torch.float64),
+        provenance={
+            "paroattn": paroattn.__version__,
+            "method": "cost",
+            "prompts": list(prompt_texts) if prompt_texts else run.prompt_texts(),
+            "seed": seed,
+            "num_inference_steps": run.num_steps,
+            "scheduler": type(pipe.scheduler).__name__,
         },
-    }
-    return [
-        CalibrationStatistics(
-            model=identity,
-            grid=run.grid,
-            order_names=names,
-            order_index=index,
-            bucket_edges=edges[0],
-            block_sums=block_sums,
-            provenance=provenance,
-        )
-        for (names, index), block_sums in zip(choices, sums[0].means(), strict=True)
-    ]
+    )
+    if not effects:
+        return statistics
+    middle = sorted(densities)[len(densities) // 2]
+    draft = select_by_cost(statistics, density=middle, selection=Selection(budget="uniform"))
+    draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
+    measured = measure_effects(run, draft, draft_errors, seed=seed, int4=int4)
+    return replace(statistics, weights=measured.weights, int4_effects=measured.int4)
 
 
-Take = Callable[[int, Schedule, TokenGrid, Tensor, Tensor, float], None]
+def _choose_orders(
+    run: CalibrationRun, shape: tuple[int, int], order_names: tuple[str, ...] | None, block_q: int, seed: int
+) -> tuple[tuple[str, ...], Tensor, list[float]]:
+    """Names of the orders in use, the index of each head's, and how attention changes from step to step."""
+    candidates: list[tuple[str, ...]] = []
+    errors: list[OrderErrors] = []
+    change: list[StepChange] = []
 
+    def compare(
+        layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> None:
+        if not change:
+            candidates.append(candidate_orders(grid) if order_names is None else order_names)
+            errors.append(OrderErrors(*shape, grid, candidates[0], block_q, ORDER_ROW_SHARE, seed))
+            change.append(StepChange(*shape, grid, CHANGE_ROW_SHARE, seed))
+        change[0].add(schedule.step, layer, query, key, scale)
+        if len(candidates[0]) > 1 and schedule.step in spread(ORDER_STEPS, schedule.num_steps):
+            errors[0].add(layer, query, key, value, scale)
 
-class _CalibrationRun:
-    """Generates from all prompts with the model's own attention, handing every attention call to a function."""
-
-    grid: TokenGrid
-    num_steps: int
-
-    def __init__(
-        self,
-        pipe: Any,
-        prompts: Sequence[Prompt],
-        densities: Sequence[float],
-        seed: int,
-        call_arguments: Mapping[str, Any],
-        progress: bool,
-    ):
-        self._pipe = pipe
-        self._prompts = prompts
-        self._densities = densities
-        self._seed = seed
-        self._call_arguments = call_arguments
-        self._progress = progress
-
-    def generate(self, take: Take, description: str) -> None:
-        layers = identify(transformer_of(self._pipe)).layers
-        with tqdm(total=len(self._prompts), desc=description, unit="prompt", disable=not self._progress) as bar:
-
-            def follow(schedule: Schedule) -> None:
-                bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
-
-            def check_grid(grid: TokenGrid) -> None:
-                if getattr(self, "grid", grid) != grid:
-                    raise ValueError(f"prompts give different token grids: {self.grid}, then {grid}")
-                for density in self._densities:
-                    check_density_for(density, grid)
-                self.grid = grid
-                self.num_steps = attachment.schedule.num_steps
-
-            def intercept(layer: int) -> Any:
-                def attend(
-                    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dense: Callable[[], Tensor]
-                ) -> Tensor:
-                    logit_scale = query.shape[-1] ** -0.5 if scale is None else scale
-                    take(layer, attachment.schedule, self.grid, query, key, logit_scale)
-                    return dense()
-
-                return attend
-
-            attachment = Attachment(self._pipe, [intercept(layer) for layer in range(layers)], check_grid, follow)
-            try:
-                for number, prompt in enumerate(self._prompts):
-                    arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-                    generator = torch.Generator().manual_seed(self._seed + number)
-                    call = {"output_type": "latent", **self._call_arguments, **arguments, "generator": generator}
-                    self._pipe(**call)
-                    bar.update()
-            finally:
-                attachment.remove()
-
-
-def _text_of(prompt: Prompt) -> str | None:
-    return prompt if isinstance(prompt, str) else prompt.get("prompt")
-
-
-def _spread(count: int, total: int) -> set[int]:
-    """`count` numbers spread evenly over range(total)."""
-    return {(2 * part + 1) * total // (2 * count) for part in range(count)}
+    run.generate(compare, "calibration 1/4, token orders")
+    used, index = torch.unique(errors[0].choose(), return_inverse=True)
+    return tuple(candidates[0][number] for number in used.tolist()), index.to(torch.uint8), change[0].changes()

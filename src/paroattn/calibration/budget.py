@@ -1,0 +1,218 @@
+"""Spending a number of blocks where they count: densities per step bucket, layer and head, and the masks from them.
+
+The final result moves by about the sum over steps, layers and heads of weight x error. The error is the squared change
+of a head's output at a density (`skip_cost`), the weight what a unit of it does to the final result
+(`integrations.effects`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import text_blocks
+from paroattn.calibration.select import check_density, check_reachable, least_density, plan_from_masks
+from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS, keep_costliest
+from paroattn.grid import TokenGrid
+from paroattn.plan import ModelIdentity, Plan
+from paroattn.quantize import Precision
+
+
+@dataclass(frozen=True, eq=False)
+class CostStatistics:
+    """What calibration measured of skipping blocks; plans of any density are selected from it.
+
+    Attributes:
+        model, grid: what it was measured on.
+        order_names: distinct orders; order_index uint8 [layers, heads]: the order chosen for each head.
+        bucket_edges: start of each step bucket, fractions of the schedule.
+        block_q: queries per block.
+        block_sums: of P, [buckets, layers, heads, q blocks, kv blocks].
+        costs: of skipping one block, dropped or approximated by its means, [2, buckets, layers, heads, q, kv].
+        errors: squared change of the head's output at the densities `LEVELS`, [2, buckets, layers, heads, levels].
+        norms: squared norm of the head's output, [buckets, layers, heads].
+        weights: squared change of the final result per unit of error in one step of a bucket, [buckets, layers, heads].
+        int4_effects: squared change of the final result when a head is computed in INT4, [layers, heads].
+        provenance: prompts, seed, steps and the like; JSON values.
+    """
+
+    model: ModelIdentity
+    grid: TokenGrid
+    order_names: tuple[str, ...]
+    order_index: Tensor
+    bucket_edges: tuple[float, ...]
+    block_q: int
+    block_sums: Tensor
+    costs: Tensor
+    errors: Tensor
+    norms: Tensor
+    weights: Tensor
+    int4_effects: Tensor
+    provenance: Mapping[str, Any]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Share of the schedule in each bucket, float64 [buckets]."""
+        return torch.tensor([*self.bucket_edges, 1.0], dtype=torch.float64).diff()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How blocks are chosen from `CostStatistics`; the defaults are what paroattn does, the others are for comparison.
+
+    Attributes:
+        score: keep the blocks with the largest "cost" (change of the output when skipped) or "block sum" (the paper's).
+        compensate: approximate skipped blocks by their means "never", "always", or where that errs less ("chosen").
+        budget: "effect" shares one average density by measured weights, "error" by relative errors of the heads'
+            outputs, "uniform" gives every head of every step the same.
+    """
+
+    score: Literal["cost", "block sum"] = "cost"
+    compensate: Literal["never", "always", "chosen"] = "chosen"
+    budget: Literal["effect", "error", "uniform"] = "effect"
+
+
+def select_by_cost(
+    statistics: CostStatistics,
+    *,
+    density: float,
+    precision: str | Precision = "exact",
+    selection: Selection = Selection(),
+    int8_share: float = 0.25,
+) -> Plan:
+    """A plan whose masks spend `density` on average over steps, layers and heads where skipping would cost most.
+
+    Args:
+        statistics: from calibration.
+        density: kept blocks over all blocks, in (0, 1], text blocks counted.
+        precision: of all heads; with "int4" the heads in which it hurts most are computed in INT8.
+        selection: how blocks are chosen.
+        int8_share: most heads that an "int4" plan computes in INT8, as a share in [0, 1].
+
+    Raises:
+        ValueError: density or int8_share out of range, or an unknown precision.
+        PlanError: a density below what text blocks and one block per row need.
+    """
+    check_density(density)
+    parsed = Precision.parse(precision)
+    densities = allocate(statistics, density, selection)
+    errors = statistics.errors.unbind()
+    dropped, approximated = (interpolate(each, densities) for each in errors)
+    compensate = {
+        "never": torch.zeros_like(dropped, dtype=torch.bool),
+        "always": torch.ones_like(dropped, dtype=torch.bool),
+        "chosen": approximated < dropped,
+    }[selection.compensate]
+    required = text_blocks(statistics.grid, statistics.block_q)
+    masks = torch.empty_like(statistics.block_sums, dtype=torch.bool)
+    owed = 0.0  # blocks times share of the schedule that rounding to whole blocks has left to spend
+    for bucket, layer, head in torch.cartesian_prod(*(torch.arange(size) for size in densities.shape)).tolist():
+        score = statistics.block_sums[bucket, layer, head]
+        if selection.score == "cost":
+            score = statistics.costs[int(compensate[bucket, layer, head]), bucket, layer, head]
+        length, blocks = float(statistics.lengths[bucket]), score.numel()
+        wanted = float(densities[bucket, layer, head]) * blocks
+        rounded = min(max(round(wanted + owed / length), 0), blocks)
+        mask = keep_costliest(score.masked_fill(required, torch.inf), rounded / blocks)
+        owed += (wanted - int(mask.sum())) * length
+        masks[bucket, layer, head] = mask
+    compensate &= ~masks.all(-1).all(-1)  # where nothing is skipped there is nothing to approximate
+    precisions, index = mixed_precision(parsed, statistics.int4_effects, int8_share)
+    return plan_from_masks(
+        masks,
+        model=statistics.model,
+        grid=statistics.grid,
+        order_names=statistics.order_names,
+        order_index=statistics.order_index,
+        bucket_edges=statistics.bucket_edges,
+        block_q=statistics.block_q,
+        compensate=compensate,
+        precisions=precisions,
+        precision_index=index,
+        provenance={**statistics.provenance, "density": density, "selection": vars(selection)},
+    )
+
+
+def mixed_precision(
+    precision: Precision, int4_effects: Tensor, int8_share: float
+) -> tuple[tuple[Precision, ...], Tensor]:
+    """Precisions and the index of each head, uint8 [layers, heads]: INT8 for the heads in which INT4 hurts most."""
+    if not 0 <= int8_share <= 1:
+        raise ValueError(f"int8_share is {int8_share!r}; expected a number from 0 to 1")
+    index = torch.zeros(int4_effects.shape, dtype=torch.uint8)
+    count = round(int8_share * index.numel())
+    if "int4" not in (precision.qk, precision.pv) or not count:
+        return (precision,), index
+    index.view(-1)[int4_effects.flatten().topk(count).indices] = 1
+    finer = Precision(*("int8" if item == "int4" else item for item in (precision.qk, precision.pv)))
+    return (precision, finer), index
+
+
+def allocate(statistics: CostStatistics, density: float, selection: Selection = Selection()) -> Tensor:
+    """Densities [buckets, layers, heads], float64, whose mean over the schedule is `density`.
+
+    The budget is spent in the order of what a block brings: along the lower convex hull of each head's error over
+    density, the steepest piece first.
+    """
+    least = least_density(statistics.grid, statistics.block_q)
+    check_reachable(density, least, blocks=statistics.block_sums[0, 0, 0].numel())
+    shape = statistics.norms.shape
+    if selection.budget == "uniform":
+        return torch.full(shape, density, dtype=torch.float64)
+    ways = {"never": [DROP], "always": [COMPENSATE], "chosen": [DROP, COMPENSATE]}[selection.compensate]
+    errors = statistics.errors[ways].amin(0)
+    weights = statistics.weights if selection.budget == "effect" else 1 / statistics.norms.clamp(min=1e-30)
+    share = (statistics.lengths / (shape[1] * shape[2])).view(-1, 1, 1).expand(shape).flatten()
+    curves = _weighted_curves(errors * weights.unsqueeze(-1), least)
+    pieces = []  # gain per density, head, density wanted
+    for head, points in enumerate(curves):
+        hull = _lower_hull(points)
+        for (a, high), (b, low) in pairwise(hull):
+            pieces.append(((high - low) / (b - a), head, b - a))
+    densities = torch.full((len(curves),), least, dtype=torch.float64)
+    left = max(density - least, 0.0)
+    for _, head, width in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        taken = min(width, left / float(share[head]))
+        densities[head] += taken
+        left -= taken * float(share[head])
+        if left <= 0:
+            break
+    return densities.view(shape)
+
+
+def interpolate(errors: Tensor, densities: Tensor) -> Tensor:
+    """Errors [..., levels] read at one density each [...], linearly; constant below the first level, zero at 1."""
+    levels = torch.tensor([*LEVELS, 1.0], dtype=torch.float64)
+    values = torch.cat((errors, torch.zeros_like(errors[..., :1])), -1)
+    right = torch.searchsorted(levels, densities.clamp(LEVELS[0], 1.0).contiguous()).clamp(min=1)
+    low, high = levels[right - 1], levels[right]
+    share = ((densities.clamp(min=LEVELS[0]) - low) / (high - low)).unsqueeze(-1)
+    left_values, right_values = (values.gather(-1, index.unsqueeze(-1)) for index in (right - 1, right))
+    return (left_values * (1 - share) + right_values * share).squeeze(-1)
+
+
+def _weighted_curves(errors: Tensor, least: float) -> list[list[tuple[float, float]]]:
+    """(density, error) points of each head from the least density to 1, where the error is zero."""
+    first = interpolate(errors, torch.full(errors.shape[:-1], least, dtype=torch.float64)).flatten().tolist()
+    beyond = [(number, level) for number, level in enumerate((*LEVELS, 1.0)) if level > least]
+    return [
+        [(least, start), *((level, [*row, 0.0][number]) for number, level in beyond)]
+        for start, row in zip(first, errors.flatten(0, -2).tolist(), strict=True)
+    ]
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the lower convex hull of points with ascending x."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1 and (y - hull[-2][1]) * (hull[-1][0] - hull[-2][0]) <= (hull[-1][1] - hull[-2][1]) * (
+            x - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((x, y))
+    return hull

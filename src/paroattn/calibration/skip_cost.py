@@ -1,0 +1,137 @@
+"""What skipping blocks does to the output of attention: the cost of each block and the error at several densities.
+
+A row's output is o = sum over blocks j of n_j, with n_j the block's part of P V and d_j its part of the row's P. Left
+out, block j takes c_j = n_j - d_j o from the output (all c_j sum to zero); approximated by its means it takes
+e_j = c_j - s_j (v̄_j - o), with s_j = count_j exp(scale q·k̄_j) on the scale of P. Skipping a set S of blocks changes the
+output by exactly -sum_S c_j / sum_kept d_j, or -sum_S e_j / (sum_kept d_j + sum_S s_j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from paroattn.block_mask import BLOCK, block_count
+
+LEVELS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
+"""Densities at which errors are measured; an error in between is interpolated, at density 1 it is zero."""
+
+DROP, COMPENSATE = 0, 1
+"""Index of the two ways to skip a block, in tensors of costs and errors."""
+
+_CHUNK_ENTRIES = 2**22  # entries of blocks x rows x head_dim held at once
+
+
+@dataclass(frozen=True, eq=False)
+class SkipCosts:
+    """Of one head, or a sum over calls; squared L2 norms of the change of the head's output.
+
+    Attributes:
+        block_sums: sums of P, float32 [q blocks, kv blocks].
+        costs: of skipping one block alone, [2, q blocks, kv blocks]: dropped, or approximated by its means.
+        errors: of skipping all but the costliest blocks at each density of `LEVELS`, [2, levels].
+        norm: squared norm of the output itself.
+    """
+
+    block_sums: Tensor
+    costs: Tensor
+    errors: Tensor
+    norm: float
+
+
+def skip_costs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    scale: float,
+    required: Tensor,
+    *,
+    block_q: int = BLOCK,
+    q_blocks: Tensor | None = None,
+    levels: Sequence[float] = LEVELS,
+) -> SkipCosts:
+    """Costs and errors of skipping blocks of one head in a given order.
+
+    Args:
+        q, k, v: [N, D] float32 in the model's order.
+        order: gather index [N].
+        scale: factor of the logits.
+        required: bool [q blocks, kv blocks], never skipped (text).
+        block_q: queries per block, 64 or 128.
+        q_blocks: which q blocks to look at, int64 [r]; default all. Results hold these rows only.
+        levels: densities of `errors`; within a chunk of rows the costliest blocks of that call are kept.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 128, 64)
+        >>> found = skip_costs(q, k, v, torch.arange(128), 0.125, torch.zeros(2, 2, dtype=torch.bool))
+        >>> found.costs.shape, found.errors.shape
+        (torch.Size([2, 2, 2]), torch.Size([2, 11]))
+    """
+    tokens, head_dim = q.shape
+    columns = block_count(tokens, BLOCK)
+    if q_blocks is None:
+        q_blocks = torch.arange(block_count(tokens, block_q))
+    q, k, v = q[order], k[order], v[order]
+    keys, values = (pad(x, (0, 0, 0, columns * BLOCK - tokens)).view(columns, BLOCK, head_dim) for x in (k, v))
+    count = torch.full((columns, 1), float(BLOCK), device=q.device)
+    count[-1] = tokens - BLOCK * (columns - 1)
+    mean_k, mean_v = keys.sum(1) / count, values.sum(1) / count
+
+    sums, costs, errors, norm = [], [], torch.zeros(2, len(levels), dtype=torch.float64), 0.0
+    for chunk in q_blocks.split(max(1, _CHUNK_ENTRIES // (columns * block_q * head_dim))):
+        index = (chunk.unsqueeze(-1) * block_q + torch.arange(block_q)).flatten()
+        exists = (index < tokens).to(q.device)
+        rows = q[index.clamp(max=tokens - 1)]
+        logits = rows @ k.mT * scale
+        lse = logits.logsumexp(1, keepdim=True)
+        p = pad((logits - lse).exp_(), (0, columns * BLOCK - tokens)) * exists.unsqueeze(1)
+        p = p.view(-1, columns, BLOCK)
+        share = p.sum(-1).mT  # d: [kv blocks, rows]
+        part = torch.bmm(p.transpose(0, 1), values)  # n: [kv blocks, rows, D]
+        output = part.sum(0)
+        change = part.addcmul_(share.unsqueeze(-1), output, value=-1)  # c
+        surrogate = ((rows @ mean_k.mT * scale + count.mT.log() - lse).exp() * exists.unsqueeze(1)).mT  # s
+        weight = surrogate.unsqueeze(-1)
+        residual = change.addcmul(weight, mean_v.unsqueeze(1), value=-1).addcmul_(weight, output)  # e
+        must = required[chunk].to(q.device)
+        sums.append(share.unflatten(1, (-1, block_q)).sum(-1).mT)
+        both = []
+        for way, (moved, missing) in enumerate(((change, share), (residual, share - surrogate))):
+            cost = torch.linalg.vector_norm(moved, dim=-1).square().unflatten(1, (-1, block_q)).sum(-1).mT
+            both.append(cost)
+            errors[way] += _errors(moved, missing, cost.masked_fill(must, torch.inf), levels).cpu()
+        costs.append(torch.stack(both))
+        norm += float(output.square().sum())
+    return SkipCosts(torch.cat(sums).cpu(), torch.cat(costs, 1).cpu(), errors, norm)
+
+
+def _errors(change: Tensor, missing: Tensor, cost: Tensor, levels: Sequence[float]) -> Tensor:
+    """Squared change of the output when each level's share of the costliest blocks is kept, [levels] float64.
+
+    Args:
+        change: c or e, [kv blocks, rows, D].
+        missing: what a skipped block takes from the rows' sums, [kv blocks, rows].
+        cost: [q blocks, kv blocks], infinite for required blocks.
+    """
+    rows_of_blocks, columns = cost.shape
+    skipped = torch.stack([~keep_costliest(cost, density) for density in levels], 1).to(change.dtype)  # [q, levels, kv]
+    moved = torch.bmm(skipped, change.view(columns, rows_of_blocks, -1).transpose(0, 1))  # [q, levels, block_q * D]
+    taken = torch.bmm(skipped, missing.view(columns, rows_of_blocks, -1).transpose(0, 1))  # [q, levels, block_q]
+    left = (1 - taken).clamp(min=1e-6).unsqueeze(-1)
+    return (moved.view(*taken.shape, -1) / left).square().sum((0, 2, 3), dtype=torch.float64)
+
+
+def keep_costliest(cost: Tensor, density: float) -> Tensor:
+    """Bool like cost [q blocks, kv blocks]: the costliest blocks, `density` of all; infinite costs and each row's
+    costliest block are kept in any case, and count.
+    """
+    ranked = cost.scatter(1, cost.argmax(1, keepdim=True), torch.inf)
+    wanted = max(round(density * cost.numel()), int(ranked.isinf().sum()))
+    kept = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
+    kept[ranked.flatten().topk(wanted).indices] = True
+    return kept.view_as(cost)

@@ -1,0 +1,148 @@
+"""What errors of heads and steps do to the final result, against doing it."""
+
+import pytest
+import tiny
+import torch
+
+from paroattn.block_mask import block_count
+from paroattn.integrations import effects
+from paroattn.integrations.attach import Attachment
+from paroattn.integrations.calibration_run import CalibrationRun
+from paroattn.integrations.effects import measure_effects
+from paroattn.ops import prepare
+from paroattn.plan import Plan
+
+EDGES = (0.0, 0.5)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.tiny_wan()
+
+
+@pytest.fixture(scope="module")
+def draft(pipe):
+    blocks = block_count(tiny.GRID.tokens, 64)
+    return tiny.make_plan(pipe, torch.eye(blocks, dtype=torch.bool).expand(2, 2, 2, -1, -1), edges=EDGES)
+
+
+def calibration_run(pipe, **changes):
+    run = CalibrationRun(pipe, [tiny.call_arguments(**changes)], (), 7, {}, progress=False)
+    run.generate(lambda *_: None, "grid")
+    return run
+
+
+def with_one_head_skipped(pipe, draft, layer, head, step, seed=7):
+    """Final latents with one head approximated at one step, the head's squared error there, and the model's outputs."""
+    steps, found = [], {}
+
+    def intercept(index):
+        def attend(query, key, value, *, scale, dense):
+            output = dense()
+            step_now = attachment.schedule.step
+            if index == layer and step_now == step:
+                op = prepare(draft.layer(layer), device="cpu", dtype=query.dtype, scale=scale)
+                bucket = torch.tensor(draft.bucket_of(step, tiny.STEPS))
+                changed = op(query, key, value, step=bucket)[:, :, head]
+                found["error"] = float((changed - output[:, :, head]).double().square().sum())
+                output = output.clone()
+                output[:, :, head] = changed
+            return output
+
+        return attend
+
+    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda _: None, lambda _: None)
+    hook = pipe.transformer.register_forward_hook(lambda module, args, output: steps.append(output[0].clone()))
+    try:
+        arguments = {**tiny.call_arguments(), "generator": torch.Generator().manual_seed(seed)}
+        return pipe(**arguments).frames, found.get("error"), steps
+    finally:
+        hook.remove()
+        attachment.remove()
+
+
+def draft_errors(pipe, draft):
+    """Squared error of each head's output in the middle step of each bucket."""
+    found = torch.zeros(2, 2, 2, dtype=torch.float64)
+    for bucket, step in enumerate((1, 3)):
+        for layer in range(2):
+            for head in range(2):
+                found[bucket, layer, head] = with_one_head_skipped(pipe, draft, layer, head, step)[1]
+    return found
+
+
+def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pipe, draft, monkeypatch):
+    monkeypatch.setattr(effects, "COTANGENTS", 50)
+    run = calibration_run(pipe)
+    _, inputs = effects._generate_recording(run, [3])
+    probe = effects._HeadProbe(pipe, draft, 1, True)
+    sensitivity, int4 = probe.measure(inputs[3][0], torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    noise: dict = {}
+
+    def intercept(index):
+        def attend(query, key, value, *, scale, dense):
+            output = dense().clone()
+            if noise.get("layer") == index:
+                output[:, :, noise["head"]] += noise["value"]
+            return output
+
+        return attend
+
+    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda _: None, lambda _: None)
+    with torch.no_grad():
+        plain = pipe.transformer(*inputs[3][0]["args"], **inputs[3][0]["kwargs"])[0]
+        for layer in range(2):
+            for head in range(2):
+                changes = []
+                for _ in range(20):
+                    value = 1e-3 * torch.randn(1, tiny.GRID.tokens, 24, generator=generator)
+                    noise.update(layer=layer, head=head, value=value)
+                    moved = pipe.transformer(*inputs[3][0]["args"], **inputs[3][0]["kwargs"])[0]
+                    changes.append(float((moved - plain).double().square().sum() / value.double().square().sum()))
+                assert float(sensitivity[layer, head]) == pytest.approx(sum(changes) / 20, rel=0.2)
+    attachment.remove()
+    assert (int4 > 0).all()
+
+
+def test_weights_are_final_change_per_error_and_leave_the_pipeline_as_it_was(pipe, draft, monkeypatch):
+    monkeypatch.setattr(effects, "COTANGENTS", 100)
+    before = tiny.latents(pipe)
+    wanted = [parameter.requires_grad for parameter in pipe.transformer.parameters()]
+    found = measure_effects(calibration_run(pipe), draft, draft_errors(pipe, draft))
+    assert found.weights.shape == (2, 2, 2)
+    assert (found.int4 == 0).all()
+    assert torch.equal(tiny.latents(pipe), before)
+    assert [parameter.requires_grad for parameter in pipe.transformer.parameters()] == wanted
+    reference, _, _ = with_one_head_skipped(pipe, draft, None, None, None)
+    for bucket, steps in enumerate(((0, 1), (2, 3))):
+        measured = torch.zeros(2, 2, dtype=torch.float64)
+        for layer in range(2):
+            for head in range(2):
+                ratios = []
+                for step in steps:
+                    final, error, _ = with_one_head_skipped(pipe, draft, layer, head, step)
+                    ratios.append(float((final - reference).double().square().sum()) / error)
+                measured[layer, head] = sum(ratios) / len(ratios)
+        ratio = (found.weights[bucket] / measured).log()
+        assert ratio.abs().max() < 1.4  # within a factor of four, single heads against all of them together
+
+
+def test_guidance_with_two_calls_per_step_is_averaged(pipe, draft):
+    errors = torch.ones(2, 2, 2, dtype=torch.float64)
+    found = measure_effects(calibration_run(pipe, guidance_scale=3.0), draft, errors, int4=True)
+    assert found.weights.isfinite().all()
+    assert (found.weights > 0).all()
+    assert (found.int4 > 0).all()
+
+
+def test_steps_between_measured_ones_are_interpolated():
+    values = torch.tensor([0.0, 4.0])
+    assert [float(effects._between([2, 6], values, place)) for place in (0, 2, 3, 6, 9)] == [0, 0, 1, 4, 4]
+
+
+def test_a_plan_can_be_kept_to_one_bucket(draft):
+    only = effects._only_in(draft, 1)
+    assert isinstance(only, Plan)
+    assert only.densities()[0].min() == 1
+    assert torch.equal(only.densities()[1], draft.densities()[1])
