@@ -444,6 +444,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--precisions", default="exact,int8", show_default=True, help="exact, bf16, int8, int4 or qk/pv pairs.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Rounds of all contenders.")
 @click.option("--unequal", is_flag=True, help="Let the heads' densities differ by up to a factor of three.")
+@click.option("--compensate", is_flag=True, help="Also with skipped blocks approximated by their means.")
 @click.option("--flex/--no-flex", default=True, show_default=True, help="Also time compiled FlexAttention.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the records to this file.")
 @_seed_option
@@ -477,7 +478,9 @@ def bench_attention(
         table.add_column(column, justify="right")
     for record in records:
         table.add_row(
-            f"{record['method']} {record['precision']}" + (", prologue out" if record["prologue"] is False else ""),
+            f"{record['method']} {record['precision']}"
+            + (", compensated" if record["compensate"] else "")
+            + (", prologue out" if record["prologue"] is False else ""),
             f"{record['density']:g}",
             "" if record["error"] is None else f"{record['error']:.1e}",
             f"{record['median_ms']:.2f}",
