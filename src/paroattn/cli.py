@@ -68,6 +68,24 @@ _model_options = _options(
     click.option("--steps", "num_inference_steps", type=int, help="Denoising steps; default: the model's."),
     click.option("--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."),
 )
+_comparison_options = _options(
+    click.option(
+        "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
+    ),
+    click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101."),
+    click.option(
+        "--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable."
+    ),
+    click.option(
+        "--density",
+        "densities",
+        multiple=True,
+        type=float,
+        default=_DENSITIES,
+        show_default=True,
+        help="Densities to compare at; repeatable.",
+    ),
+)
 _backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 _seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
@@ -126,20 +144,7 @@ def demo(output_dir: Path, as_json: bool, backend: str, **model_arguments: Any) 
     type=click.Path(path_type=Path),
     help="Plan file to evaluate instead of calibrating; repeatable.",
 )
-@click.option(
-    "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
-)
-@click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101.")
-@click.option("--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable.")
-@click.option(
-    "--density",
-    "densities",
-    multiple=True,
-    type=float,
-    default=_DENSITIES,
-    show_default=True,
-    help="Densities of paroattn's plans and the paper's; repeatable.",
-)
+@_comparison_options
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -181,20 +186,7 @@ def evaluate(
         "paroattn ablate --density 0.3 --pairs 2 --method paper --method ours",
     ),
 )
-@click.option(
-    "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
-)
-@click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101.")
-@click.option("--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable.")
-@click.option(
-    "--density",
-    "densities",
-    multiple=True,
-    type=float,
-    default=_DENSITIES,
-    show_default=True,
-    help="Densities of all methods; repeatable.",
-)
+@_comparison_options
 @click.option("--method", "methods", multiple=True, help="Only rows of this name; repeatable. Default: all.")
 @click.option(
     "--output-dir",

@@ -136,7 +136,7 @@ class Plan:
 
     def density(self, *, visual_only: bool = False) -> float:
         """Mean of `densities` over layers, heads and the schedule (buckets weighted by their length)."""
-        lengths = torch.tensor([*self.bucket_edges, 1.0], dtype=torch.float64).diff()
+        lengths = bucket_lengths(self.bucket_edges)
         return float((self.densities(visual_only=visual_only).mean((1, 2)) * lengths).sum())
 
     def bucket_of(self, step: int, num_steps: int) -> int:
@@ -225,6 +225,11 @@ def bucket_of(edges: tuple[float, ...], step: int, num_steps: int) -> int:
     """Index of the last bucket edge that is not after `step / num_steps`."""
     fraction = step / num_steps + 1e-9  # edges such as 1/3 must not lose their own step to rounding
     return max(index for index, edge in enumerate(edges) if edge <= fraction)
+
+
+def bucket_lengths(edges: tuple[float, ...]) -> Tensor:
+    """Share of the schedule in each step bucket, float64 [buckets]."""
+    return torch.tensor([*edges, 1.0], dtype=torch.float64).diff()
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

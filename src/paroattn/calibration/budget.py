@@ -19,7 +19,7 @@ from paroattn.block_mask import text_blocks
 from paroattn.calibration.select import check_density, check_reachable, least_density, plan_from_masks
 from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS, keep_costliest
 from paroattn.grid import TokenGrid
-from paroattn.plan import ModelIdentity, Plan
+from paroattn.plan import ModelIdentity, Plan, bucket_lengths
 from paroattn.quantize import Precision
 
 
@@ -58,7 +58,7 @@ class CostStatistics:
     @property
     def lengths(self) -> Tensor:
         """Share of the schedule in each bucket, float64 [buckets]."""
-        return torch.tensor([*self.bucket_edges, 1.0], dtype=torch.float64).diff()
+        return bucket_lengths(self.bucket_edges)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import paroattn
 from paroattn.block_mask import BLOCK
 from paroattn.calibration.budget import CostStatistics, Selection, interpolate, select_by_cost
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
@@ -165,11 +164,7 @@ def collect_costs(
         weights=torch.ones_like(norms),
         int4_effects=torch.zeros(shape, dtype=torch.float64),
         provenance={
-            "paroattn": paroattn.__version__,
-            "method": "cost",
-            "prompts": list(prompt_texts) if prompt_texts else run.prompt_texts(),
-            "seed": seed,
-            "num_inference_steps": run.num_steps,
+            **run.provenance("cost", prompt_texts),
             "scheduler": type(pipe.scheduler).__name__,
         },
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import paroattn
 from paroattn.calibration.select import check_density, check_density_for
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment, transformer_of
@@ -90,8 +91,16 @@ class CalibrationRun:
     def bar(self, total: int, description: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=description, unit=unit, disable=not self._progress)
 
-    def prompt_texts(self) -> list[str | None]:
-        return [prompt if isinstance(prompt, str) else prompt.get("prompt") for prompt in self._prompts]
+    def provenance(self, method: str, prompt_texts: Sequence[str] | None) -> dict[str, Any]:
+        """What a plan records of every calibration; `prompt_texts` replace the prompts where those are embeddings."""
+        texts = [prompt if isinstance(prompt, str) else prompt.get("prompt") for prompt in self._prompts]
+        return {
+            "paroattn": paroattn.__version__,
+            "method": method,
+            "prompts": list(prompt_texts) if prompt_texts else texts,
+            "seed": self._seed,
+            "num_inference_steps": self.num_steps,
+        }
 
 
 def spread(count: int, total: int) -> list[int]:

@@ -23,7 +23,7 @@ from paroattn.block_mask import block_count, pack_bits
 from paroattn.integrations.apply import apply
 from paroattn.integrations.attach import Attachment, transformer_of
 from paroattn.integrations.calibration_run import CalibrationRun, spread
-from paroattn.integrations.descriptors import identify
+from paroattn.integrations.schedule import Schedule
 from paroattn.ops import PreparedAttention, prepare
 from paroattn.plan import LayerPlan, Plan
 from paroattn.quantize import Precision
@@ -55,7 +55,11 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
         seed: of the random cotangents.
         int4: also measure INT4 (zeros otherwise).
     """
-    steps = [_middle_step(draft, bucket, run.num_steps) for bucket in range(draft.buckets)]
+    steps_of: list[list[int]] = [[] for _ in range(draft.buckets)]
+    for step in range(run.num_steps):
+        steps_of[draft.bucket_of(step, run.num_steps)].append(step)
+    steps = [own[len(own) // 2] for own in steps_of]
+    counts = [len(own) for own in steps_of]
     reference, inputs = _generate_recording(run, steps)
     generator = torch.Generator().manual_seed(seed)
     found, rounding = [], []
@@ -67,10 +71,6 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
             found.append(sensitivity)
             rounding.append(rounded)
             bar.update()
-    counts = [
-        sum(draft.bucket_of(step, run.num_steps) == bucket for step in range(run.num_steps))
-        for bucket in range(draft.buckets)
-    ]
     sensitivities = torch.stack(found)
     gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), counts)
     weights = sensitivities * gains.view(-1, 1, 1)
@@ -78,34 +78,22 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
     return Effects(weights, int4=(torch.stack(rounding) * weights * steps_per_bucket).sum(0))
 
 
-def _middle_step(plan: Plan, bucket: int, num_steps: int) -> int:
-    steps = [step for step in range(num_steps) if plan.bucket_of(step, num_steps) == bucket]
-    return steps[len(steps) // 2]
-
-
 def _generate_recording(run: CalibrationRun, steps: Sequence[int]) -> tuple[Tensor, dict[int, list[dict[str, Any]]]]:
     """Final latents of the first prompt, and the transformer's arguments at some steps (two calls under guidance)."""
     transformer = transformer_of(run.pipe)
     inputs: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}
-    layers = identify(transformer).layers
-    attachment = Attachment(run.pipe, [_own_attention] * layers, lambda grid: None, lambda schedule: None)
+    schedule = Schedule(run.pipe.scheduler, lambda _: None)
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if attachment.schedule.step in inputs:
-            inputs[attachment.schedule.step].append({"args": args, "kwargs": kwargs})
+        if schedule.step in inputs:
+            inputs[schedule.step].append({"args": args, "kwargs": kwargs})
 
     hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
         return run.generate_one(0), inputs
     finally:
         hook.remove()
-        attachment.remove()
-
-
-def _own_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dense: Callable[[], Tensor]
-) -> Tensor:
-    return dense()
+        schedule.remove()
 
 
 class _HeadProbe:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import paroattn
 from paroattn.calibration.capture import BlockSums, OrderScores
 from paroattn.calibration.select import CalibrationStatistics, choose_orders, step_bucket_edges
 from paroattn.calibration.statistics import OrderCriterion
@@ -81,11 +80,7 @@ def collect_block_sums(
 
     run.generate(add_up, "calibration 2/2, block sums")
     provenance = {
-        "paroattn": paroattn.__version__,
-        "method": "paper",
-        "prompts": list(prompt_texts) if prompt_texts else run.prompt_texts(),
-        "seed": seed,
-        "num_inference_steps": run.num_steps,
+        **run.provenance("paper", prompt_texts),
         "criterion": {
             "alpha": criterion.alpha,
             "epsilon": criterion.epsilon_for(run.grid.tokens),

@@ -14,7 +14,7 @@ from paroattn.calibration.select import CalibrationStatistics, check_density, pl
 from paroattn.evaluation.baselines.masks import keep_best
 from paroattn.grid import TokenGrid
 from paroattn.order import token_order
-from paroattn.plan import Plan
+from paroattn.plan import Plan, bucket_lengths
 
 STATIC_BASELINES = ("sliding window", "spatial/temporal", "radial", "sliding tile", "random")
 _DIAGONAL = 2.0  # above every random score
@@ -105,7 +105,7 @@ def _kind_of_heads(kinds: Tensor, original: CalibrationStatistics, temporal: Cal
         raise ValueError(f"statistics and temporal are of different models or grids: {original.grid}, {temporal.grid}")
     held = []
     for mask, given in zip(kinds, (original, temporal), strict=True):
-        lengths = torch.tensor([*given.bucket_edges, 1.0]).diff().view(-1, 1, 1)
+        lengths = bucket_lengths(given.bucket_edges).view(-1, 1, 1)
         held.append(((given.block_sums * mask).sum((-2, -1)) * lengths).sum(0))
     return (held[1] > held[0]).to(torch.uint8)
 
