@@ -123,7 +123,7 @@ def main() -> None:
 def demo(output_dir: Path, as_json: bool, backend: str, **model_arguments: Any) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
-    Writes report.html with the videos side by side. Takes about ten minutes on two CPU cores.
+    Writes report.html with the videos side by side. Takes about five minutes on two CPU cores.
     """
     model = _load(**model_arguments)
     calibration, pairs = _prompts(model, (), (), _DEMO_PAIRS)
