@@ -80,6 +80,14 @@ def test_the_command_prints_one_json_line_per_record_and_writes_them(tmp_path):
     assert {line["method"] for line in lines} == {"sdpa", "paroattn"}
 
 
+def test_the_command_times_compensation_when_asked():
+    arguments = ["bench", "attention", "--tokens", "200", "--densities", "0.6", "--precisions", "int8", "--rounds", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--no-flex", "--compensate"])
+    assert result.exit_code == 0, result.output
+    assert "paroattn int8, compensated" in result.stdout
+    assert "compensated" not in CliRunner().invoke(main, [*arguments, "--no-flex"]).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

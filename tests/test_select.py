@@ -1,6 +1,4 @@
-"""Selection: which order a head gets and which blocks are kept."""
-
-import re
+"""Selection: which order a head gets, and plans from block sums."""
 
 import pytest
 import torch
@@ -9,20 +7,16 @@ from hypothesis import strategies as st
 
 from paroattn import Plan, PlanError, TokenGrid
 from paroattn.block_mask import text_blocks, unpack_bits
+from paroattn.calibration.keep import keep_best
 from paroattn.calibration.select import (
     CalibrationStatistics,
     choose_orders,
-    select_blocks,
     select_plan,
     step_bucket_edges,
 )
 from paroattn.calibration.statistics import OrderCriterion, order_metrics
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import ModelIdentity, bucket_of
-
-
-def random_sums(seed, heads, blocks):
-    return torch.rand(heads, blocks, blocks, generator=torch.Generator().manual_seed(seed))
 
 
 def test_choice_worked_out_by_hand():
@@ -57,41 +51,6 @@ def test_a_head_local_along_one_axis_gets_an_order_with_that_axis_slowest(axis):
     assert AXIS_ORDERS[int(chosen)][0] == "FHW"[axis]
 
 
-@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 9), st.integers(0, 3), st.floats(0.01, 1))
-def test_kept_blocks_are_as_many_as_asked_and_the_largest(seed, heads, blocks, text_rows, density):
-    sums = random_sums(seed, heads, blocks)
-    required = torch.zeros(blocks, blocks, dtype=torch.bool)
-    if text_rows:
-        required[-text_rows:] = required[:, -text_rows:] = True
-    forced = required | (sums == sums.amax(-1, keepdim=True))
-    wanted = round(density * sums.numel())
-    if wanted < forced.sum():
-        with pytest.raises(PlanError, match="cannot be reached"):
-            select_blocks(sums, density, required)
-        return
-    kept = select_blocks(sums, density, required)
-    assert kept.sum() == wanted
-    assert kept[forced].all()
-    if (kept & ~forced).any() and (~kept).any():
-        assert sums[kept & ~forced].min() >= sums[~kept].max()
-
-
-def test_one_threshold_serves_all_heads_so_a_flat_head_keeps_fewer():
-    sums = torch.full((2, 4, 4), 0.1)
-    sums[1] = 10
-    assert select_blocks(sums, 0.625, torch.zeros(4, 4, dtype=torch.bool)).sum((1, 2)).tolist() == [4, 16]
-
-
-@pytest.mark.parametrize("blocks", [3, 7, 37, 83])
-def test_the_least_density_in_the_message_can_be_asked_for(blocks):
-    sums, required = random_sums(0, 2, blocks), torch.zeros(blocks, blocks, dtype=torch.bool)
-    with pytest.raises(PlanError) as caught:
-        select_blocks(sums, 0.001, required)
-    least = float(re.search(r"need (\d\.\d+)", str(caught.value)).group(1))
-    assert least == pytest.approx(1 / blocks, abs=1e-3)
-    select_blocks(sums, least, required)
-
-
 def statistics(grid, buckets=(0.0, 0.5), layers=2, heads=2):
     blocks = -(-grid.tokens // 64)
     generator = torch.Generator().manual_seed(0)
@@ -106,14 +65,14 @@ def statistics(grid, buckets=(0.0, 0.5), layers=2, heads=2):
     )
 
 
-def test_plan_keeps_what_select_blocks_keeps_for_every_bucket_and_layer():
+def test_plan_keeps_the_best_blocks_for_every_bucket_and_layer():
     measured = statistics(TokenGrid(5, 8, 8, 30))
     plan = select_plan(measured, density=0.6, precision="int8")
     assert isinstance(plan, Plan)
     masks = unpack_bits(plan.mask_table, 6)
     for bucket in range(2):
         for layer in range(2):
-            expected = select_blocks(measured.block_sums[bucket, layer], 0.6, text_blocks(measured.grid))
+            expected = keep_best(measured.block_sums[bucket, layer], 0.6, text_blocks(measured.grid))
             assert torch.equal(masks[plan.mask_index[bucket, layer].long()], expected)
     assert plan.density() == pytest.approx(0.6, abs=1 / 72)
     assert torch.equal(plan.order_index, measured.order_index)

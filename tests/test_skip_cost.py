@@ -6,7 +6,8 @@ import torch
 
 from paroattn import TokenGrid
 from paroattn.block_mask import block_count, text_blocks
-from paroattn.calibration.skip_cost import COMPENSATE, DROP, keep_costliest, skip_costs
+from paroattn.calibration.keep import keep_best
+from paroattn.calibration.skip_cost import COMPENSATE, DROP, skip_costs
 
 SCALE = 0.3
 
@@ -37,7 +38,7 @@ def test_errors_are_those_of_attention_with_the_costliest_blocks(tokens, block_q
     levels = (0.5, 0.75, 1.0)
     found = skip_costs(q, k, v, order, SCALE, required, block_q=block_q, levels=levels)
     for density, error in zip(levels, found.errors[way].tolist(), strict=True):
-        mask = keep_costliest(found.costs[way].masked_fill(required, torch.inf), density)
+        mask = keep_best(found.costs[way], density, required)
         assert mask[:, -1].all()
         expected = float(change(q, k, v, order, mask, way, block_q).sum())
         assert error == pytest.approx(expected, rel=1e-4, abs=1e-8)
@@ -84,11 +85,3 @@ def test_sampled_rows_and_chunks_are_the_same_rows(monkeypatch):
     torch.testing.assert_close(some.costs, whole.costs[:, [1, 5]])
     monkeypatch.setattr("paroattn.calibration.skip_cost._CHUNK_ENTRIES", 1)
     torch.testing.assert_close(skip_costs(q, k, v, order, SCALE, required).costs, whole.costs)
-
-
-def test_kept_blocks_are_the_costliest_and_every_row_has_one():
-    cost = torch.tensor([[5.0, 1.0, 2.0], [0.1, 0.2, 0.3], [4.0, torch.inf, 0.0]])
-    kept = keep_costliest(cost, 5 / 9)
-    assert kept.tolist() == [[True, False, True], [False, False, True], [True, True, False]]
-    assert keep_costliest(cost, 0.01).sum() == 3
-    assert keep_costliest(cost, 1.0).all()

@@ -213,9 +213,10 @@ def ablate(
 
     Takes about an hour on two CPU cores for the bundled model.
     """
-    from paroattn.calibration.select import check_density
+    from paroattn.calibration.keep import check_density
     from paroattn.evaluation import ablation
     from paroattn.evaluation.records import write_records
+    from paroattn.evaluation.tables import ablation_table
 
     for density in densities:
         check_density(density)
@@ -226,40 +227,19 @@ def ablate(
     calibration, pairs = _prompts(model, calibration_prompts, prompts, pair_count)
     for prompt, _ in pairs:
         model.call_arguments(prompt)  # unknown words are found before minutes of calibration
-    measured = ablation.measure(model, calibration, densities, progress=not as_json)
-    cases = ablation.cases(measured, densities, backend=backend)
-    chosen = [case for case in cases if not methods or case.method in methods]
+    measured = ablation.Measured(model, calibration, densities, progress=not as_json)
+    cases = ablation.cases(measured, densities, methods=methods, backend=backend)
     results = []
-    for result in ablation.run(model, chosen, pairs, progress=not as_json):
+    for result in ablation.run(model, cases, pairs, progress=not as_json):
         results.append(result)
         records = ablation.ablation_records(model, results, pairs)
         write_records(records, output_dir / "records.jsonl")  # after each row, so that an interrupted run leaves rows
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
-    table = Table("method", title=f"closeness to full attention over {len(pairs)} prompt/seed pairs, ± standard error")
-    for column in ("density", "precision", "PSNR (dB)", "SSIM", "cosine", "over the paper (dB)"):
-        table.add_column(column, justify="right")
-    for record in sorted(records, key=lambda item: (item["group"] == "precision", -item["asked_density"])):
-        table.add_row(
-            record["method"],
-            f"{record['density']:.3f}",
-            record["precision"],
-            _with_error(record, "psnr", 2),
-            _with_error(record, "ssim", 4),
-            _with_error(record, "cosine", 4),
-            _with_error(record, "over_paper", 2) if record["method"] != ablation.PAPER else "",
-        )
     console = _console()
-    console.print(table)
+    console.print(ablation_table(records))
     console.print(f"records: {output_dir / 'records.jsonl'}", soft_wrap=True)
-
-
-def _with_error(record: Any, key: str, digits: int) -> str:
-    value, error = record[key], record[f"{key}_error"]
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 @main.command(
@@ -307,7 +287,7 @@ def calibrate(
     **model_arguments: Any,
 ) -> None:
     """Find token orders and block masks of a model and write them to a plan file."""
-    from paroattn.calibration.select import check_density
+    from paroattn.calibration.keep import check_density
     from paroattn.integrations.calibrate import calibrate as calibrate_pipeline
     from paroattn.quantize import Precision
 
@@ -452,6 +432,7 @@ def bench_attention(
     from paroattn.evaluation.bench import Shape
     from paroattn.evaluation.bench import bench_attention as run
     from paroattn.evaluation.records import write_records
+    from paroattn.evaluation.tables import attention_table
 
     shape = Shape(tokens, heads, head_dim)
     try:
@@ -465,22 +446,8 @@ def bench_attention(
             click.echo(json.dumps(record, sort_keys=True))
         return
     first = records[0]
-    table = Table("method", title=f"{tokens:,} tokens, {heads} heads, head_dim {head_dim}; {first['rounds']} rounds")
-    for column in ("density", "error", "median (ms)", "spread (ms)", "x SDPA"):
-        table.add_column(column, justify="right")
-    for record in records:
-        table.add_row(
-            f"{record['method']} {record['precision']}"
-            + (", compensated" if record["compensate"] else "")
-            + (", prologue out" if record["prologue"] is False else ""),
-            f"{record['density']:g}",
-            "" if record["error"] is None else f"{record['error']:.1e}",
-            f"{record['median_ms']:.2f}",
-            f"{record['spread_ms']:.2f}",
-            f"{record['times_sdpa']:.2f}",
-        )
     console = _console()
-    console.print(table)
+    console.print(attention_table(records))
     used = {record["backend"] for record in records if record["backend"]}
     console.print(f"{first['machine']}, {first['threads']} threads; paroattn on: {', '.join(sorted(used))}")
     if output is not None:
@@ -518,7 +485,7 @@ def _compare(
     as_json: bool,
 ) -> None:
     """Calibrate, evaluate paroattn's plans and the paper's, write plans and report."""
-    from paroattn.calibration.select import check_density
+    from paroattn.calibration.keep import check_density
     from paroattn.evaluation.pairs import evaluate_variants, variants_of
     from paroattn.integrations.calibrate import collect_costs
     from paroattn.integrations.paper import collect_block_sums
@@ -543,6 +510,7 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
     """Write records and report, print the table."""
     from paroattn.evaluation.records import evaluation_records, write_records
     from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.tables import evaluation_table
 
     records = evaluation_records(model, evaluation)
     write_records(records, output_dir / "records.jsonl")
@@ -550,25 +518,12 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
-    pairs = len(evaluation.pairs)
-    table = Table("variant", title=f"closeness to full attention over {pairs} prompt/seed pairs, mean ± spread")
-    for column in ("density", "PSNR (dB)", "SSIM", "cosine", "speed-up"):
-        table.add_column(column, justify="right")
-    for result in evaluation.results:
-        table.add_row(
-            result.variant.name,
-            f"{result.variant.plan.density():.3f}",
-            f"{result.mean('psnr'):.2f} ± {result.spread('psnr'):.2f}",
-            f"{result.mean('ssim'):.4f} ± {result.spread('ssim'):.4f}",
-            f"{result.mean('cosine'):.4f} ± {result.spread('cosine'):.4f}",
-            f"{result.speed_up:.2f}x",
-        )
     console = _console()
-    console.print(table)
+    console.print(evaluation_table(evaluation))
     by_name = {result.variant.name: result for result in evaluation.results}
     for name, result in by_name.items():
         other = by_name.get(name.replace("paroattn", "paper"))
-        if pairs > 1 and other is not None and other is not result:
+        if len(evaluation.pairs) > 1 and other is not None and other is not result:
             gain, error = result.gain_over(other)
             console.print(f"{name} over {other.variant.name}: {gain:+.2f} dB, standard error {error:.2f}")
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import text_blocks
-from paroattn.calibration.select import check_density, check_reachable, least_density, plan_from_masks
-from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS, keep_costliest
+from paroattn.calibration.keep import check_density, check_reachable, keep_best, least_density
+from paroattn.calibration.select import plan_from_masks
+from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan, bucket_lengths
 from paroattn.quantize import Precision
@@ -118,7 +119,7 @@ def select_by_cost(
         length, blocks = float(statistics.lengths[bucket]), score.numel()
         wanted = float(densities[bucket, layer, head]) * blocks
         rounded = min(max(round(wanted + owed / length), 0), blocks)
-        mask = keep_costliest(score.masked_fill(required, torch.inf), rounded / blocks)
+        mask = keep_best(score, rounded / blocks, required)
         owed += (wanted - int(mask.sum())) * length
         masks[bucket, layer, head] = mask
     compensate &= ~masks.all(-1).all(-1)  # where nothing is skipped there is nothing to approximate
@@ -160,7 +161,7 @@ def allocate(statistics: CostStatistics, density: float, selection: Selection = 
     density, the steepest piece first.
     """
     least = least_density(statistics.grid, statistics.block_q)
-    check_reachable(density, least, blocks=statistics.block_sums[0, 0, 0].numel())
+    check_reachable(density, statistics.grid, statistics.block_q)
     shape = statistics.norms.shape
     if selection.budget == "uniform":
         return torch.full(shape, density, dtype=torch.float64)

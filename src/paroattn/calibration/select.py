@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, pack_bits, text_blocks
-from paroattn.errors import PlanError
+from paroattn.calibration.keep import check_density, check_reachable, keep_best
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
@@ -64,35 +63,6 @@ def _share(metric: Tensor) -> Tensor:
     return torch.where(total > 0, metric / total, 1 / metric.shape[-1])
 
 
-def select_blocks(block_sums: Tensor, density: float, required: Tensor) -> Tensor:
-    """Keep the blocks with the largest sums, at one threshold for all heads given together.
-
-    Args:
-        block_sums: [heads, q blocks, kv blocks].
-        density: kept blocks over all blocks, in (0, 1], averaged over the heads; met to the nearest block.
-        required: bool [q blocks, kv blocks], blocks kept in any case. The largest block of each row is, too.
-
-    Returns:
-        bool like block_sums, True for kept blocks.
-
-    Raises:
-        PlanError: the required blocks alone exceed the density; the message gives the least one possible.
-
-    Example:
-        >>> select_blocks(torch.tensor([[[9.0, 1.0], [5.0, 6.0]]]), 0.75, torch.zeros(2, 2, dtype=torch.bool))
-        tensor([[[ True, False],
-                 [ True,  True]]])
-    """
-    forced = required.expand_as(block_sums).clone()
-    forced.scatter_(-1, block_sums.argmax(-1, keepdim=True), True)
-    check_reachable(density, float(forced.double().mean()), blocks=block_sums.numel())
-    wanted = round(density * block_sums.numel())
-    ranked = block_sums.masked_fill(forced, torch.inf).flatten().sort(descending=True, stable=True).indices
-    kept = torch.zeros(block_sums.numel(), dtype=torch.bool)
-    kept[ranked[:wanted]] = True
-    return kept.view_as(block_sums)
-
-
 def select_plan(statistics: CalibrationStatistics, *, density: float, precision: str | Precision = "exact") -> Plan:
     """A plan with block-sum masks: one threshold per step bucket and layer, `density` on average over its heads.
 
@@ -101,10 +71,11 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
         PlanError: a density below what text blocks and one block per row need.
     """
     check_density(density)
+    check_reachable(density, statistics.grid)
     chosen = Precision.parse(precision)
     sums = statistics.block_sums
     required = text_blocks(statistics.grid)
-    masks = torch.stack([torch.stack([select_blocks(layer, density, required) for layer in step]) for step in sums])
+    masks = torch.stack([torch.stack([keep_best(layer, density, required) for layer in step]) for step in sums])
     return plan_from_masks(
         masks,
         model=statistics.model,
@@ -151,34 +122,6 @@ def plan_from_masks(
         provenance=provenance,
         block_q=block_q,
     )
-
-
-def check_density_for(density: float, grid: TokenGrid) -> None:
-    """Raise `PlanError` for a density that no plan of this grid can have; found before anything is measured."""
-    check_reachable(density, least_density(grid), blocks=text_blocks(grid).numel())
-
-
-def least_density(grid: TokenGrid, block_q: int = BLOCK) -> float:
-    """What text blocks and one block per row need."""
-    forced = text_blocks(grid, block_q)
-    forced[~forced.any(-1), 0] = True
-    return float(forced.double().mean())
-
-
-def check_reachable(density: float, least: float, blocks: int) -> None:
-    """Raise `PlanError` for a density below the least one, when both are rounded to whole blocks."""
-    if round(density * blocks) < round(least * blocks):
-        shown = math.ceil(least * 1e4) / 1e4  # rounded up, so that asking for it succeeds
-        raise PlanError(
-            f"density {density:g} cannot be reached: text blocks and one block per row already need "
-            f"{shown:.4f}. Ask for at least that."
-        )
-
-
-def check_density(density: float) -> None:
-    """Raise `ValueError` for what is no share of blocks."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density is {density!r}; expected a number above 0, up to 1")
 
 
 def step_bucket_edges(num_steps: int, most: int) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, block_count
+from paroattn.calibration.keep import keep_best
 
 LEVELS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Densities at which errors are measured; an error in between is interpolated, at density 1 it is zero."""
@@ -104,34 +105,25 @@ def skip_costs(
         for way, (moved, missing) in enumerate(((change, share), (residual, share - surrogate))):
             cost = torch.linalg.vector_norm(moved, dim=-1).square().unflatten(1, (-1, block_q)).sum(-1).mT
             both.append(cost)
-            errors[way] += _errors(moved, missing, cost.masked_fill(must, torch.inf), levels).cpu()
+            errors[way] += _errors(moved, missing, cost, must, levels).cpu()
         costs.append(torch.stack(both))
         norm += float(output.square().sum())
     return SkipCosts(torch.cat(sums).cpu(), torch.cat(costs, 1).cpu(), errors, norm)
 
 
-def _errors(change: Tensor, missing: Tensor, cost: Tensor, levels: Sequence[float]) -> Tensor:
+def _errors(change: Tensor, missing: Tensor, cost: Tensor, required: Tensor, levels: Sequence[float]) -> Tensor:
     """Squared change of the output when each level's share of the costliest blocks is kept, [levels] float64.
 
     Args:
         change: c or e, [kv blocks, rows, D].
         missing: what a skipped block takes from the rows' sums, [kv blocks, rows].
-        cost: [q blocks, kv blocks], infinite for required blocks.
+        cost, required: [q blocks, kv blocks].
     """
     rows_of_blocks, columns = cost.shape
-    skipped = torch.stack([~keep_costliest(cost, density) for density in levels], 1).to(change.dtype)  # [q, levels, kv]
+    skipped = torch.stack([~keep_best(cost, density, required) for density in levels], 1).to(
+        change.dtype
+    )  # [q, levels, kv]
     moved = torch.bmm(skipped, change.view(columns, rows_of_blocks, -1).transpose(0, 1))  # [q, levels, block_q * D]
     taken = torch.bmm(skipped, missing.view(columns, rows_of_blocks, -1).transpose(0, 1))  # [q, levels, block_q]
     left = (1 - taken).clamp(min=1e-6).unsqueeze(-1)
     return (moved.view(*taken.shape, -1) / left).square().sum((0, 2, 3), dtype=torch.float64)
-
-
-def keep_costliest(cost: Tensor, density: float) -> Tensor:
-    """Bool like cost [q blocks, kv blocks]: the costliest blocks, `density` of all; infinite costs and each row's
-    costliest block are kept in any case, and count.
-    """
-    ranked = cost.scatter(1, cost.argmax(1, keepdim=True), torch.inf)
-    wanted = max(round(density * cost.numel()), int(ranked.isinf().sum()))
-    kept = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
-    kept[ranked.flatten().topk(wanted).indices] = True
-    return kept.view_as(cost)

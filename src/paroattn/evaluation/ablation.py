@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,13 +16,8 @@ from tqdm.auto import tqdm
 
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.budget import CostStatistics, Selection, allocate, select_by_cost
-from paroattn.calibration.select import (
-    CalibrationStatistics,
-    least_density,
-    plan_from_masks,
-    select_blocks,
-    select_plan,
-)
+from paroattn.calibration.keep import keep_best
+from paroattn.calibration.select import CalibrationStatistics, plan_from_masks, select_plan
 from paroattn.evaluation.baselines import DYNAMIC_BASELINES, STATIC_BASELINES, apply_dynamic, static_baseline
 from paroattn.evaluation.metrics import Closeness, compare
 from paroattn.evaluation.pairs import Pair
@@ -38,23 +33,53 @@ PAPER = "paper"
 OURS = "ours"
 
 
-@dataclass(frozen=True)
 class Measured:
-    """All statistics that methods are made from, of the same calibration prompts.
+    """Statistics that methods are made from, of the same calibration prompts; each is measured when first asked for.
 
-    Attributes:
-        paper: block sums in axis orders chosen by the paper's criterion.
-        original: block sums in the model's own order.
-        temporal: block sums with frames fastest ("HWF").
-        costs: paroattn's own, over all axis and tiled orders.
-        axis_costs: the same over axis orders only.
+    Args:
+        model: what is calibrated.
+        prompts: to calibrate on.
+        densities: the least of them, checked before anything is measured, is the least that plans will have.
+        progress: show a progress bar on stderr.
     """
 
-    paper: CalibrationStatistics
-    original: CalibrationStatistics
-    temporal: CalibrationStatistics
-    costs: CostStatistics
-    axis_costs: CostStatistics
+    def __init__(self, model: VideoModel, prompts: Sequence[str], densities: Sequence[float], *, progress: bool = True):
+        self._pipe = model.pipe
+        self._arguments = [model.call_arguments(prompt) for prompt in prompts]
+        self._common: dict[str, Any] = {
+            "densities": sorted(densities),
+            "prompt_texts": prompts,
+            "progress": progress,
+        }
+
+    @property
+    def paper(self) -> CalibrationStatistics:
+        """Block sums in axis orders chosen by the paper's criterion."""
+        return self._block_sums[0]
+
+    @property
+    def original(self) -> CalibrationStatistics:
+        """Block sums in the model's own order."""
+        return self._block_sums[1]
+
+    @property
+    def temporal(self) -> CalibrationStatistics:
+        """Block sums with frames fastest ("HWF")."""
+        return self._block_sums[2]
+
+    @cached_property
+    def costs(self) -> CostStatistics:
+        """Paroattn's own, over all axis and tiled orders."""
+        return collect_costs(self._pipe, self._arguments, int4=True, **self._common)
+
+    @cached_property
+    def axis_costs(self) -> CostStatistics:
+        """The same over axis orders only."""
+        return collect_costs(self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, **self._common)
+
+    @cached_property
+    def _block_sums(self) -> list[CalibrationStatistics]:
+        return collect_block_sums(self._pipe, self._arguments, fixed_orders=("FHW", "HWF"), **self._common)
 
 
 @dataclass(frozen=True)
@@ -78,57 +103,61 @@ class Case:
     plan: Plan | None = None
 
 
-def measure(
-    model: VideoModel, prompts: Sequence[str], densities: Sequence[float], *, progress: bool = True
-) -> Measured:
-    """Calibrate once for all methods."""
-    arguments = [model.call_arguments(prompt) for prompt in prompts]
-    common: dict[str, Any] = {"densities": sorted(densities), "prompt_texts": prompts, "progress": progress}
-    paper, original, temporal = collect_block_sums(model.pipe, arguments, fixed_orders=("FHW", "HWF"), **common)
-    costs = collect_costs(model.pipe, arguments, int4=True, **common)
-    axis_costs = collect_costs(model.pipe, arguments, order_names=AXIS_ORDERS, effects=False, **common)
-    return Measured(paper, original, temporal, costs, axis_costs)
-
-
 def cases(
-    measured: Measured, densities: Sequence[float], *, lowest: float = 0.125, backend: str = "auto"
+    measured: Measured,
+    densities: Sequence[float],
+    *,
+    methods: Sequence[str] = (),
+    lowest: float = 0.125,
+    backend: str = "auto",
 ) -> list[Case]:
-    """All rows: methods at each density, the paper's and ours also at `lowest`, and precisions.
+    """The rows: methods at each density, the paper's and ours also at `lowest`, and precisions.
 
     Args:
-        measured: from `measure`.
+        measured: what was, or will be, measured; only what the rows need is.
         densities: shares of computed blocks.
+        methods: names from `METHODS`; none stands for all.
         lowest: a density for the paper's method and ours only.
         backend: of the operator.
     """
+    found: list[Case] = []
 
-    def planned(group: str, method: str, plan: Plan, density: float) -> Case:
-        precision = max(map(str, plan.precisions), key=lambda name: "int4" in name)
-        return Case(group, method, density, precision, partial(apply, plan=plan, backend=backend), plan)
+    def add(group: str, method: str, density: float, make: Callable[[], Plan]) -> None:
+        if not methods or method in methods:
+            plan = make()
+            precision = max(map(str, plan.precisions), key=lambda name: "int4" in name)
+            found.append(Case(group, method, density, precision, partial(apply, plan=plan, backend=backend), plan))
 
-    found = []
+    def ours(**choice: Any) -> Callable[[], Plan]:
+        return lambda: select_by_cost(measured.costs, **choice)
+
+    def papers(**choice: Any) -> Callable[[], Plan]:
+        return lambda: select_plan(measured.paper, **choice)
+
     for density in (*densities, lowest):
-        found.append(planned("paper", PAPER, select_plan(measured.paper, density=density), density))
-        found.append(planned("ours", OURS, select_by_cost(measured.costs, density=density), density))
+        add("paper", PAPER, density, papers(density=density))
+        add("ours", OURS, density, ours(density=density))
     for density, precision in ((1.0, "int8"), (1.0, "int8/exact"), (1.0, "int4"), (0.3, "int8"), (0.5, "int4")):
-        with_precision = select_plan(measured.paper, density=density, precision=precision)
-        found.append(planned("precision", PAPER, with_precision, density))
-        ours = select_by_cost(measured.costs, density=density, precision=precision)
-        found.append(planned("precision", OURS, ours, density))
+        choice = {"density": density, "precision": precision}
+        add("precision", PAPER, density, papers(**choice))
+        add("precision", OURS, density, ours(**choice))
         if precision == "int4":
-            alone = select_by_cost(measured.costs, density=density, precision=precision, int8_share=0.0)
-            found.append(planned("precision", _INT4_EVERYWHERE, alone, density))
+            add("precision", _INT4_EVERYWHERE, density, ours(**choice, int8_share=0.0))
     for density in densities:
-        for method, make in _PARTS.items():
-            found.append(planned("parts", method, make(measured, density), density))
+        for method, part in _PARTS.items():
+            add("parts", method, density, partial(part, measured, density))
         for name in STATIC_BASELINES:
-            plan = static_baseline(name, measured.original, density, temporal=measured.temporal)
-            found.append(planned("baseline", name, plan, density))
+            add("baseline", name, density, partial(_static_baseline, measured, name, density))
         for name in DYNAMIC_BASELINES:
-            orders = _orders(measured.paper) if "orders" in name else None
-            attach = partial(apply_dynamic, name=name, density=density, orders=orders, backend=backend)
-            found.append(Case("baseline", name, density, "exact", attach))
+            if not methods or name in methods:
+                orders = _orders(measured.paper) if "orders" in name else None
+                attach = partial(apply_dynamic, name=name, density=density, orders=orders, backend=backend)
+                found.append(Case("baseline", name, density, "exact", attach))
     return found
+
+
+def _static_baseline(measured: Measured, name: str, density: float) -> Plan:
+    return static_baseline(name, measured.original, density, temporal=measured.temporal)
 
 
 def _normalised_per_step(costs: CostStatistics) -> Tensor:
@@ -142,9 +171,9 @@ def _paper_with_budget(measured: Measured, density: float) -> Plan:
     source, edges = measured.paper, measured.costs.bucket_edges
     sums = source.block_sums[[bucket_of(source.bucket_edges, number, len(edges)) for number in range(len(edges))]]
     shares = allocate(measured.costs, density, Selection(compensate="never")).mean((1, 2)).tolist()
-    required, least = text_blocks(source.grid), least_density(source.grid)
+    required = text_blocks(source.grid)
     masks = [
-        torch.stack([select_blocks(layer, max(share, least), required) for layer in step])
+        torch.stack([keep_best(layer, share, required) for layer in step])
         for step, share in zip(sums, shares, strict=True)
     ]
     return plan_from_masks(

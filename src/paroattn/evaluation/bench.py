@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm.auto import tqdm
 
 from paroattn.block_mask import BLOCK, BlockMask, block_count, pack_bits
-from paroattn.calibration.select import check_density
+from paroattn.calibration.keep import check_density
 from paroattn.evaluation.records import environment
 from paroattn.grid import TokenGrid
 from paroattn.ops import cpu, prepare

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import paroattn
-from paroattn.calibration.select import check_density, check_density_for
+from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment, transformer_of
 from paroattn.integrations.descriptors import identify
@@ -58,7 +58,7 @@ class CalibrationRun:
                 if getattr(self, "grid", grid) != grid:
                     raise ValueError(f"prompts give different token grids: {self.grid}, then {grid}")
                 for density in self._densities:
-                    check_density_for(density, grid)
+                    check_reachable(density, grid)
                 self.grid = grid
                 self.num_steps = attachment.schedule.num_steps
 

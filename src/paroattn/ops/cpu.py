@@ -101,7 +101,10 @@ def kernel_arguments(
 
 
 def _kernel_format(number_format: str, dtype: torch.dtype) -> str:
-    """The kernel's name of a format: exact products of bfloat16 input are bfloat16 products with float32 sums."""
+    """The kernel's name of a format: exact products of bfloat16 input are bfloat16 products with float32 sums.
+
+    Mean tokens of skipped blocks are rounded to bfloat16 then, too.
+    """
     return "bf16" if number_format == "exact" and dtype == torch.bfloat16 else number_format
 
 

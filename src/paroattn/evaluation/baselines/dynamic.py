@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.select import check_density
+from paroattn.calibration.keep import check_density
 from paroattn.errors import PlanError
 from paroattn.evaluation.baselines.masks import keep_best
 from paroattn.evaluation.baselines.scores import mean_similarity, vertical_slash

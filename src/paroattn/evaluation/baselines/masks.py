@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from paroattn.block_mask import text_blocks
-from paroattn.calibration.select import select_blocks
+from paroattn.calibration import keep
 from paroattn.grid import TokenGrid
 
 
 def keep_best(scores: Tensor, density: float, grid: TokenGrid) -> Tensor:
-    """One head's mask: text blocks, the best block of each row, then the best of all others.
+    """One head's mask: text blocks, a block in each row, then the best of all others.
 
     Args:
         scores: [q blocks, kv blocks] on the CPU, larger is better; scores of text blocks do not matter.
@@ -21,6 +21,7 @@ def keep_best(scores: Tensor, density: float, grid: TokenGrid) -> Tensor:
         bool [q blocks, kv blocks].
 
     Raises:
-        PlanError: text blocks and the best block of each row alone exceed the density.
+        PlanError: text blocks and one block per row alone exceed the density.
     """
-    return select_blocks(scores[None], density, text_blocks(grid))[0]
+    keep.check_reachable(density, grid)
+    return keep.keep_best(scores, density, text_blocks(grid))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.select import CalibrationStatistics, check_density, plan_from_masks
+from paroattn.calibration.keep import check_density
+from paroattn.calibration.select import CalibrationStatistics, plan_from_masks
 from paroattn.evaluation.baselines.masks import keep_best
 from paroattn.grid import TokenGrid
 from paroattn.order import token_order

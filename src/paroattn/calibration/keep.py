@@ -1,0 +1,64 @@
+"""Which blocks to keep: the best ones of a density, and which densities are possible at all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import text_blocks
+from paroattn.errors import PlanError
+from paroattn.grid import TokenGrid
+
+
+def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
+    """Keep the blocks with the highest scores, `density` of all.
+
+    Required blocks, and the best block of a row that has none, are kept in any case and count. Where they alone are
+    more than `density`, they are the result.
+
+    Args:
+        score: [..., q blocks, kv blocks]; block sums or costs, compared over all leading dimensions together.
+        density: kept blocks over all blocks, met to the nearest block.
+        required: bool [q blocks, kv blocks], blocks that must be computed (text).
+
+    Returns:
+        bool like score, True for kept blocks.
+
+    Example:
+        >>> keep_best(torch.tensor([[9.0, 1.0], [5.0, 6.0]]), 0.75, torch.zeros(2, 2, dtype=torch.bool))
+        tensor([[ True, False],
+                [ True,  True]])
+    """
+    best = score.argmax(-1, keepdim=True)
+    alone = ~required.any(-1, keepdim=True)
+    forced = (required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)).flatten()
+    wanted = max(round(density * score.numel()), int(forced.sum()))
+    kept = torch.zeros_like(forced)
+    kept[score.flatten().masked_fill(forced, torch.inf).topk(wanted).indices] = True
+    return kept.view_as(score)
+
+
+def least_density(grid: TokenGrid, block_q: int = 64) -> float:
+    """What text blocks and one block per row need: the least density that `keep_best` reaches."""
+    forced = text_blocks(grid, block_q)
+    forced[~forced.any(-1), 0] = True
+    return float(forced.double().mean())
+
+
+def check_density(density: float) -> None:
+    """Raise `ValueError` for what is no share of blocks."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density is {density!r}; expected a number above 0, up to 1")
+
+
+def check_reachable(density: float, grid: TokenGrid, block_q: int = 64) -> None:
+    """Raise `PlanError` for a density that no plan of this grid can have; found before anything is measured."""
+    least, blocks = least_density(grid, block_q), text_blocks(grid, block_q).numel()
+    if round(density * blocks) < round(least * blocks):
+        shown = math.ceil(least * 1e4) / 1e4  # rounded up, so that asking for it succeeds
+        raise PlanError(
+            f"density {density:g} cannot be reached: text blocks and one block per row already need "
+            f"{shown:.4f}. Ask for at least that."
+        )
