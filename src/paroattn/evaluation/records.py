@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
             "diffusers": diffusers.__version__,
             "paroattn": paroattn.__version__,
         },
-        "commit": _commit(),
+        "commit": COMMIT,
     }
 
 
@@ -101,3 +101,6 @@ def _commit() -> str | None:
     except FileNotFoundError:  # git is not installed
         return None
     return answer.stdout.strip() or None
+
+
+COMMIT = _commit()  # when the code was loaded: a long run may outlive the state of the checkout
