@@ -1,6 +1,7 @@
 """Applying plans to a pipeline: what changes, what does not, and what is refused."""
 
 import inspect
+import warnings
 
 import oracles
 import pytest
@@ -14,12 +15,12 @@ from paroattn.ops import PreparedAttention
 
 
 def record_calls(monkeypatch):
-    """Every call of a prepared operator: step bucket, inputs, output, operator."""
+    """Every call of a prepared operator: step bucket, inputs, output, operator, key mask."""
     calls, original = [], PreparedAttention.__call__
 
     def recording(self, query, key, value, *, step, key_mask=None):
         output = original(self, query, key, value, step=step, key_mask=key_mask)
-        calls.append((int(step), (query, key, value), output, self))
+        calls.append((int(step), (query, key, value), output, self, key_mask))
         return output
 
     monkeypatch.setattr(PreparedAttention, "__call__", recording)
@@ -70,7 +71,7 @@ def test_each_layer_and_step_uses_its_own_orders_and_masks(pipe, monkeypatch):
     with paroattn.apply(pipe, plan):
         tiny.latents(pipe)
     assert [call[0] for call in calls] == [0, 0, 1, 1, 2, 2, 2, 2]  # 4 steps of 2 layers
-    for number, (bucket, (query, key, value), output, _) in enumerate(calls):
+    for number, (bucket, (query, key, value), output, *_) in enumerate(calls):
         layer = number % 2
         permutation = plan.layer(layer).permutation
         expected = oracles.masked_attention(
@@ -141,10 +142,29 @@ def test_plan_of_another_number_of_heads_or_layers_is_refused(pipe):
         paroattn.apply(pipe, tiny.make_plan(tiny.tiny_wan(layers=3)))
 
 
-def test_another_grid_is_refused_with_both_grids_named(pipe):
-    message = r"plan is for grid 6x4x5 \(120 visual tokens\); the model produced 6x3x5 \(90 visual tokens\)"
-    with paroattn.apply(pipe, tiny.make_plan(pipe)), pytest.raises(paroattn.PlanError, match=message):
+ANOTHER_GRID = r"plan is for grid 6x4x5 \(120 visual tokens\); this request has grid 6x3x5 \(90 visual tokens\)"
+
+
+def test_another_grid_is_refused_when_strict_with_both_grids_named(pipe):
+    with (
+        paroattn.apply(pipe, tiny.make_plan(pipe), strict=True),
+        pytest.raises(paroattn.PlanError, match=ANOTHER_GRID),
+    ):
         tiny.latents(pipe, height=48)
+
+
+def test_another_grid_runs_dense_after_one_warning_and_the_planned_one_is_sparse_again(pipe):
+    dense = tiny.latents(pipe, height=48)
+    plan = tiny.make_plan(pipe, precision="int4")
+    with paroattn.apply(pipe, plan) as handle:
+        sparse = tiny.latents(pipe)
+        with pytest.warns(UserWarning, match=ANOTHER_GRID):
+            assert torch.equal(tiny.latents(pipe, height=48), dense)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(tiny.latents(pipe, height=48), dense)
+        assert torch.equal(tiny.latents(pipe), sparse)
+    assert handle.plan is plan
 
 
 def test_applying_twice_is_refused(pipe, full):
@@ -179,10 +199,6 @@ def test_bad_arguments_leave_the_pipeline_alone(pipe, full, arguments, message):
 def test_what_is_no_supported_pipeline_is_refused(pipe):
     with pytest.raises(ValueError, match="expected a diffusers pipeline"):
         paroattn.apply(pipe.transformer, precision="int8")
-    two = tiny.tiny_wan()
-    two.transformer_2 = tiny.tiny_wan().transformer
-    with pytest.raises(ValueError, match="two transformers"):
-        paroattn.apply(two, precision="int8")
     other = tiny.tiny_wan()
     other.transformer = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="transformer is a Linear; paroattn knows WanTransformer3DModel"):

@@ -47,6 +47,7 @@ def statistics(grid, order="FHW", sums=None, layers=2, heads=3):
         order_index=torch.zeros(sums.shape[1:3], dtype=torch.uint8),
         bucket_edges=EDGES,
         block_sums=sums,
+        usage=torch.ones(sums.shape[:2]),
         provenance={"prompts": ["a cat"]},
     )
 
@@ -421,7 +422,7 @@ def test_dynamic_baselines_are_masked_attention_with_their_masks(pipe, full, nam
 @pytest.mark.parametrize("name", DYNAMIC_BASELINES)
 def test_dynamic_baselines_keep_text(pipe, name, position, monkeypatch):
     grid = TokenGrid(7, 5, 6, 30, position)  # 240 tokens: rows and columns 3 of 4 touch text
-    descriptor = replace(DESCRIPTORS["WanTransformer3DModel"], grid=lambda config, arguments: grid)
+    descriptor = replace(DESCRIPTORS["WanTransformer3DModel"], box=lambda config, arguments: (7, 5, 6), text=position)
     monkeypatch.setitem(DESCRIPTORS, "WanTransformer3DModel", descriptor)
     calls, orders = record_calls(monkeypatch), orders_for(name, grid)
     with apply_dynamic(pipe, name, 0.75, orders=orders):
@@ -452,7 +453,7 @@ def test_each_sample_of_a_batch_has_masks_of_its_own(pipe, monkeypatch):
 
 def test_grouped_queries_share_keys():
     handle = apply_dynamic(tiny.tiny_wan(), "vertical-slash", 0.5)
-    handle._follow_grid(TokenGrid(5, 8, 8))
+    handle._follow_grid(TokenGrid(5, 8, 8), torch.zeros(1))
     query, key = torch.randn(5, 320, 4, 16), torch.randn(5, 320, 2, 16)
     order = torch.arange(320).expand(4, -1)
     grouped = handle._masks(query[0], key[0], order, 0.25, TokenGrid(5, 8, 8))

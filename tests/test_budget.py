@@ -44,6 +44,7 @@ def statistics(seed=0, grid=GRID, edges=(0.0, 0.25), layers=2, heads=3, block_q=
         norms=torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5,
         weights=torch.rand(shape, generator=generator, dtype=torch.float64) ** 4,
         int4_effects=torch.rand(layers, heads, generator=generator, dtype=torch.float64),
+        usage=torch.ones(len(edges), layers),
         provenance={"seed": seed},
     )
 
@@ -51,14 +52,14 @@ def statistics(seed=0, grid=GRID, edges=(0.0, 0.25), layers=2, heads=3, block_q=
 def total(measured, densities):
     """What the budget minimises."""
     errors = interpolate(measured.errors.amin(0), densities) * measured.weights
-    return float((errors.mean((1, 2)) * measured.lengths).sum())
+    return float((errors * measured.shares).sum())
 
 
 @given(st.integers(0, 99), st.sampled_from([0.08, 0.2, 0.37, 0.5, 0.9, 1.0]))
 def test_the_budget_is_met_and_no_exchange_between_two_heads_gains(seed, density):
     measured = statistics(seed)
     found = allocate(measured, density)
-    average = float((found.mean((1, 2)) * measured.lengths).sum())
+    average = float((found * measured.shares).sum())
     assert average == pytest.approx(density, abs=1e-9)
     assert found.min() >= least_density(GRID) - 1e-12
     assert found.max() <= 1 + 1e-12
@@ -66,7 +67,7 @@ def test_the_budget_is_met_and_no_exchange_between_two_heads_gains(seed, density
     convex = replace(measured, errors=(1 - torch.tensor(LEVELS).double()).square() * measured.errors[..., :1])
     found, least = allocate(convex, density), least_density(GRID)
     best = total(convex, found)
-    share = convex.lengths.view(-1, 1, 1).expand(found.shape).flatten()
+    share = convex.shares.flatten()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(30):
         a, b = torch.randperm(found.numel(), generator=generator)[:2].tolist()

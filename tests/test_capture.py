@@ -1,21 +1,25 @@
 """Accumulation of statistics over attention calls, against brute force over the same calls."""
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
 
 from paroattn import TokenGrid
 from paroattn.calibration import statistics
-from paroattn.calibration.capture import BlockSums, OrderScores
+from paroattn.calibration.calls import AttentionCall
+from paroattn.calibration.capture import BlockCosts, BlockSums, OrderScores, StepChange
 from paroattn.calibration.statistics import OrderCriterion, block_areas, block_sums, order_metrics
 from paroattn.order import AXIS_ORDERS, token_order
 
 GRID, NAMES, SCALE = TokenGrid(3, 5, 7, 4, "prefix"), ("FHW", "WHF"), 0.4
 
 
-def call(seed, grid=GRID, heads=2):
+def call(seed, layer=0, grid=GRID, heads=2, key_mask=None):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(2, grid.tokens, heads, 8, generator=generator) for _ in range(2))
+    query, key, value = (torch.randn(2, grid.tokens, heads, 8, generator=generator) for _ in range(3))
+    return AttentionCall(layer, 0, 1, grid, query, key, value, key_mask, SCALE)
 
 
 def brute_metrics(q, k, order, epsilon, sigma, rows=None):
@@ -33,12 +37,12 @@ def test_order_scores_are_means_over_calls_and_batch():
     scores = OrderScores(2, 2, GRID, NAMES, OrderCriterion(sigma=0.71), row_share=1.0, seed=0)
     expected = torch.zeros(2, 2, 2, 2, dtype=torch.float64)
     for layer, seed in ((0, 0), (0, 1), (1, 2)):
-        query, key = call(seed)
-        scores.add(layer, query, key, SCALE)
+        taken = call(seed, layer)
+        scores.add(taken)
         samples = 4 if layer == 0 else 2
         for sample, head, number in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
-            q, k = query[sample, :, head], key[sample, :, head]
-            metrics = brute_metrics(q, k, token_order(NAMES[number], GRID), 1 / GRID.tokens, 0.71)
+            q, k = taken.query[sample, :, head], taken.key[sample, :, head]
+            metrics = brute_metrics(q, k, token_order(NAMES[number], GRID), 1 / GRID.tokens, 0.71, rows=[0])
             expected[:, layer, head, number] += torch.tensor(metrics) / samples
     sparse, incoherence = scores.means()
     assert 0 < sparse.mean() < 1
@@ -58,7 +62,7 @@ def test_row_share_draws_the_same_rows_for_the_same_seed_and_at_least_one():
 
     def drawn(share, seed):
         scores = OrderScores(1, 1, grid, AXIS_ORDERS, OrderCriterion(), share, seed)
-        scores.add(0, *call(0, grid, heads=1), SCALE)
+        scores.add(call(0, grid=grid, heads=1))
         return scores.means()[1]
 
     assert torch.equal(drawn(0.25, 3), drawn(0.25, 3))
@@ -71,21 +75,56 @@ def test_block_sums_use_each_choices_orders_and_average_per_bucket():
     sums = BlockSums(2, [(NAMES, index) for index in indices], GRID)
     expected = torch.zeros(2, 2, 2, 2, 2, 2)
     for bucket, layer, seed in ((0, 0, 1), (0, 0, 2), (1, 0, 3), (0, 1, 4), (1, 1, 5)):
-        query, key = call(seed)
-        sums.add(bucket, layer, query, key, SCALE)
+        taken = call(seed, layer)
+        sums.add(bucket, taken)
         samples = 4 if (bucket, layer) == (0, 0) else 2
         for choice, sample, head in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
             order = token_order(NAMES[indices[choice][layer, head]], GRID)
-            found = oracles.block_sums(query[sample, :, head], key[sample, :, head], order, SCALE)
-            expected[choice, bucket, layer, head] += found.float() / samples
+            found = oracles.block_sums(taken.query[sample, :, head], taken.key[sample, :, head], order, SCALE)
+            expected[choice, bucket, layer, head, 0, 0] += found[0, 0].float() / samples  # the others touch text
     torch.testing.assert_close(sums.means(), expected)
 
 
-def test_block_sums_never_captured_are_nan():
+def test_block_sums_never_captured_are_zero():
     sums = BlockSums(2, [(("FHW",), torch.zeros(1, 1, dtype=torch.uint8))], GRID)
-    sums.add(0, 0, *call(0, heads=1), SCALE)
-    assert sums.means()[0, 0].isfinite().all()
-    assert sums.means()[0, 1].isnan().all()
+    sums.add(0, call(0, heads=1))
+    assert sums.means()[0, 0].sum() > 0
+    assert (sums.means()[0, 1] == 0).all()
+
+
+def test_hidden_text_tokens_are_as_if_they_were_not_there():
+    """Statistics of a padded call are those of the same call without its padding."""
+    hidden = torch.ones(2, GRID.tokens, dtype=torch.bool)
+    hidden[:, 1:3] = False  # of the four text tokens, which stand first
+    padded = call(0, key_mask=hidden)
+    short = replace(
+        padded,
+        grid=replace(GRID, text_tokens=2),
+        key_mask=None,
+        **{name: getattr(padded, name)[:, hidden[0]] for name in ("query", "key", "value")},
+    )
+    index = torch.zeros(1, 2, dtype=torch.uint8)
+    found = []
+    for taken in (padded, short):
+        costs, sums = BlockCosts(1, ("WHF",), index, GRID), BlockSums(1, [(("WHF",), index)], GRID)
+        costs.add(0, taken)
+        sums.add(0, taken)
+        found.append([*costs.means(), sums.means()])
+    for with_padding, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_padding, without)
+    costs = BlockCosts(1, ("WHF",), index, GRID)
+    costs.add(0, replace(padded, key_mask=None))
+    assert not torch.allclose(costs.means()[0], found[0][0])
+
+
+def test_step_change_is_infinite_where_other_layers_are_called():
+    change = StepChange(2, 2, GRID, 1.0, seed=0)
+    for step, layer in enumerate((0, 0, 1, 1)):
+        change.add(replace(call(step, layer), step=step))
+    first, takeover, last = change.changes()
+    assert takeover == float("inf")
+    assert 0 < first < 10
+    assert 0 < last < 10
 
 
 def test_the_size_of_chunks_changes_nothing(monkeypatch):

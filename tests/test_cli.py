@@ -123,7 +123,7 @@ def test_a_plan_for_another_size_is_refused(plan_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("generate", "--prompt", PROMPT, "--plan", plan_path, "--frames", "2", "--steps", "2")
     assert result.exit_code == 2
-    assert "plan is for grid 3x16x16 (768 visual tokens); the model produced 2x16x16" in result.stderr
+    assert "plan is for grid 3x16x16 (768 visual tokens); this request has grid 2x16x16" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

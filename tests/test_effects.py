@@ -37,7 +37,7 @@ def with_one_head_skipped(pipe, draft, layer, head, step, seed=7):
     steps, found = [], {}
 
     def intercept(index):
-        def attend(query, key, value, *, scale, dense):
+        def attend(query, key, value, *, key_mask, scale, dense):
             output = dense()
             step_now = attachment.schedule.step
             if index == layer and step_now == step:
@@ -51,7 +51,7 @@ def with_one_head_skipped(pipe, draft, layer, head, step, seed=7):
 
         return attend
 
-    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda _: None, lambda _: None)
+    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda *_: None, lambda _: None)
     hook = pipe.transformer.register_forward_hook(lambda module, args, output: steps.append(output[0].clone()))
     try:
         arguments = {**tiny.call_arguments(), "generator": torch.Generator().manual_seed(seed)}
@@ -74,14 +74,14 @@ def draft_errors(pipe, draft):
 def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pipe, draft, monkeypatch):
     monkeypatch.setattr(effects, "COTANGENTS", 50)
     run = calibration_run(pipe)
-    _, inputs = effects._generate_recording(run, [3])
+    _, calls = effects._generate_recording(run, [3])
     probe = effects._HeadProbe(pipe, draft, 1, True)
-    sensitivity, int4 = probe.measure(inputs[3][0], torch.Generator().manual_seed(0))
+    sensitivity, int4 = probe.measure(calls[3][0], torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     noise: dict = {}
 
     def intercept(index):
-        def attend(query, key, value, *, scale, dense):
+        def attend(query, key, value, *, key_mask, scale, dense):
             output = dense().clone()
             if noise.get("layer") == index:
                 output[:, :, noise["head"]] += noise["value"]
@@ -89,16 +89,16 @@ def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pip
 
         return attend
 
-    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda _: None, lambda _: None)
+    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda *_: None, lambda _: None)
     with torch.no_grad():
-        plain = pipe.transformer(*inputs[3][0]["args"], **inputs[3][0]["kwargs"])[0]
+        plain = calls[3][0]()
         for layer in range(2):
             for head in range(2):
                 changes = []
                 for _ in range(20):
                     value = 1e-3 * torch.randn(1, tiny.GRID.tokens, 24, generator=generator)
                     noise.update(layer=layer, head=head, value=value)
-                    moved = pipe.transformer(*inputs[3][0]["args"], **inputs[3][0]["kwargs"])[0]
+                    moved = calls[3][0]()
                     changes.append(float((moved - plain).double().square().sum() / value.double().square().sum()))
                 assert float(sensitivity[layer, head]) == pytest.approx(sum(changes) / 20, rel=0.2)
     attachment.remove()

@@ -16,7 +16,7 @@ from paroattn.block_mask import block_count, pack_bits
 from paroattn.order import token_order
 from paroattn.plan import Plan
 
-TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate")
+TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate", "usage")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,9 @@ def test_inconsistent_parts_are_named(plan):
         "mask_index ranges from -1": {"mask_index": torch.full((2, 2, 2), -1, dtype=torch.int32)},
         "mask_index is torch.int64": {"mask_index": plan.mask_index.long()},
         r"compensate is torch.bool \[1, 2, 2\]": {"compensate": plan.compensate[:1]},
+        r"usage is torch.float32 \[2\]": {"usage": plan.usage[:, 0]},
+        r"usage holds numbers outside": {"usage": plan.usage * 2},
+        r"no layer is ever called": {"usage": plan.usage * 0},
         r"mask_table is torch.uint8 \[8, 1, 1\]": {"mask_table": plan.mask_table[:, :1]},
         "keeps no block in row 1": {"mask_table": pack_bits(torch.tensor([[[1, 1], [0, 0]]]).bool().expand(8, 2, 2))},
         "bits beyond its 2 kv blocks": {"mask_table": plan.mask_table | 128},
@@ -180,5 +183,5 @@ def test_a_layer_has_its_heads_orders_and_masks(plan):
     assert torch.equal(layer.permutation, torch.stack([token_order(name, tiny.GRID) for name in names]))
     masks = plan.mask_table[plan.mask_index[:, 1].long()]
     assert torch.equal(layer.mask_table[layer.mask_index.long()], masks)
-    assert len(layer.mask_table) == 4  # of the plan's 8
+    assert layer.mask_table is plan.layers()[0].mask_table  # layers share the plan's table
     assert [str(precision) for precision in layer.precisions] == ["int8/bf16"] * 2

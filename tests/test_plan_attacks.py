@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from paroattn import Plan, PlanError, Precision, TokenGrid
 from paroattn.plan import ModelIdentity, _digest
 
-TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate")
+TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate", "usage")
 
 
 def make_plan(**changes):
@@ -24,6 +24,7 @@ def make_plan(**changes):
         "mask_table": torch.tensor([[[1], [2]], [[3], [3]]], dtype=torch.uint8),
         "mask_index": torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.int32),
         "compensate": torch.zeros(2, 1, 2, dtype=torch.bool),
+        "usage": torch.ones(2, 1),
     }
     return Plan(**{**parts, **changes})
 
@@ -93,7 +94,7 @@ def test_wrong_header_values_with_a_right_checksum(tmp_path, key, value):
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("change", ["dtype", "shape", "empty"])
 def test_wrong_tensors_with_a_right_checksum(tmp_path, name, change):
-    changes = {"dtype": lambda x: x.float(), "shape": lambda x: x.unsqueeze(0), "empty": lambda x: x[:0]}
+    changes = {"dtype": lambda x: x.double(), "shape": lambda x: x.unsqueeze(0), "empty": lambda x: x[:0]}
     forge(
         tmp_path / "plan", lambda header, tensors: tensors.update({name: changes[change](tensors[name]).contiguous()})
     )

@@ -16,7 +16,7 @@ MASKS = torch.stack([masks(HEADS, TOKENS, seed=seed) for seed in (1, 2)])  # two
 ORDERS = permutations(HEADS, TOKENS)
 LAYER = LayerPlan(
     precisions=(Precision(), Precision("int8", "int8"), Precision("bf16", "exact")),
-    permutation=ORDERS,
+    orders=ORDERS,
     mask_table=pack_bits(MASKS).flatten(0, 1),
     mask_index=torch.arange(2 * HEADS, dtype=torch.int32).view(2, HEADS),
     compensate=torch.tensor([[True, False, False], [False, True, False]]),
@@ -80,8 +80,8 @@ def test_the_step_may_be_any_integer_type(dtype):
 
 
 def test_one_order_serves_all_heads_as_it_does_in_attention():
-    op = paroattn.prepare(replace(LAYER, permutation=ORDERS[0]), device="cpu", dtype=torch.float32, tensor_layout="HND")
-    shared = replace(LAYER, permutation=ORDERS[:1].expand(HEADS, -1))
+    op = paroattn.prepare(replace(LAYER, orders=ORDERS[0]), device="cpu", dtype=torch.float32, tensor_layout="HND")
+    shared = replace(LAYER, orders=ORDERS[:1], order_index=torch.zeros(HEADS, dtype=torch.int32))
     expected = paroattn.prepare(shared, device="cpu", dtype=torch.float32, tensor_layout="HND")
     tensors = inputs(TOKENS, heads=HEADS)
     assert torch.equal(op(*tensors, step=torch.tensor(0)), expected(*tensors, step=torch.tensor(0)))
@@ -94,11 +94,14 @@ def test_one_order_serves_all_heads_as_it_does_in_attention():
         {"mask_index": LAYER.mask_index + 1},
         {"mask_index": LAYER.mask_index[:, :2]},
         {"compensate": torch.zeros(2, 2, dtype=torch.bool)},
-        {"permutation": torch.zeros_like(ORDERS)},
+        {"orders": torch.zeros_like(ORDERS)},
+        {"order_index": torch.full((HEADS,), HEADS)},
+        {"order_index": torch.zeros(1, dtype=torch.int32)},
     ],
 )
 def test_parts_that_do_not_fit_are_refused_when_prepared(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
+    message = {"orders": "permutation"}.get(next(iter(changes)), next(iter(changes)))
+    with pytest.raises(ValueError, match=message):
         paroattn.prepare(replace(LAYER, **changes), device="cpu", dtype=torch.float32)
 
 

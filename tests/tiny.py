@@ -96,7 +96,7 @@ def latents(pipe, **changes):
 
 def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", **identity_changes):
     """Another order for each head; masks bool [buckets, layers, heads, blocks, blocks], default all true."""
-    identity = identify(pipe.transformer)
+    identity = identify(pipe)
     layers, heads, blocks = identity.layers, identity.heads, block_count(grid.tokens, 64)
     if masks is None:
         masks = torch.ones(len(edges), layers, heads, blocks, blocks, dtype=torch.bool)
@@ -111,4 +111,5 @@ def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", **id
         mask_table=pack_bits(masks).flatten(0, 2),
         mask_index=torch.arange(len(edges) * layers * heads, dtype=torch.int32).view(len(edges), layers, heads),
         compensate=torch.zeros(len(edges), layers, heads, dtype=torch.bool),
+        usage=torch.ones(len(edges), layers),
     )

@@ -31,16 +31,21 @@ def unpack_bits(bits: Tensor, length: int) -> Tensor:
     return (bits.unsqueeze(-1) & values).ne(0).flatten(-2)[..., :length]
 
 
+def visual_blocks(grid: TokenGrid, block_q: int = BLOCK, block_kv: int = BLOCK) -> tuple[slice, slice]:
+    """Rows and columns of blocks without any text token; they are the same whatever the number of text tokens."""
+    if not grid.text_tokens:
+        return slice(block_count(grid.tokens, block_q)), slice(block_count(grid.tokens, block_kv))
+    return slice(grid.visual_tokens // block_q), slice(grid.visual_tokens // block_kv)
+
+
 def text_blocks(grid: TokenGrid, block_q: int = BLOCK, block_kv: int = BLOCK) -> Tensor:
     """Blocks that touch a text token, bool [q blocks, kv blocks]; they are always computed (paper, section 4.2).
 
     Visual tokens come first in every order, so these are the last rows and columns of blocks.
     """
     rows, columns = block_count(grid.tokens, block_q), block_count(grid.tokens, block_kv)
-    touched = torch.zeros(rows, columns, dtype=torch.bool)
-    if grid.text_tokens:
-        touched[grid.visual_tokens // block_q :] = True
-        touched[:, grid.visual_tokens // block_kv :] = True
+    touched = torch.ones(rows, columns, dtype=torch.bool)
+    touched[visual_blocks(grid, block_q, block_kv)] = False
     return touched
 
 

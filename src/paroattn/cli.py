@@ -347,7 +347,11 @@ def generate(
     check_video_path(output)
     plan = Plan.load(plan_path) if plan_path else None
     model = _load(**model_arguments)
-    applied = apply(model.pipe, plan, precision=precision, backend=backend) if plan or precision else nullcontext()
+    applied = (
+        apply(model.pipe, plan, precision=precision, strict=True, backend=backend)
+        if plan or precision
+        else nullcontext()
+    )
     with applied:
         frames = model.generate(prompt, seed)
     save_video(frames, output, model.settings.fps)

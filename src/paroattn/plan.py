@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paroattn.block_mask import block_count, text_blocks, unpack_bits
+from paroattn.block_mask import block_count, pack_bits, text_blocks, unpack_bits
 from paroattn.errors import PlanError
 from paroattn.files import write_atomically
 from paroattn.grid import TokenGrid
@@ -34,6 +34,7 @@ _TENSOR_DTYPES = {
     "mask_table": torch.uint8,
     "mask_index": torch.int32,
     "compensate": torch.bool,
+    "usage": torch.float32,
 }
 
 
@@ -54,26 +55,37 @@ class LayerPlan:
 
     Attributes:
         precisions: one per head; their number is the number of heads.
-        permutation: int64 [H, N] or None for the model's own order.
-        mask_table: uint8 [unique masks, q blocks, ceil(kv blocks / 8)] or None for dense attention.
-        mask_index: int32 [step buckets, H] into mask_table, or None.
+        orders: int32 or int64 [distinct orders, N], gather indices, or None for the model's own order.
+        order_index: integer [H] into orders; None if there is one order per head.
+        mask_table: uint8 [masks, q blocks, ceil(kv blocks / 8)], or None for dense attention.
+        mask_index: int32 [step buckets, H] into mask_table; None if there is one mask per head, for all steps.
         compensate: bool [step buckets, H], or None for nowhere.
         tokens: sequence length N, or None for any.
+        grid: with a grid, calls may have another number of text tokens than it says.
         block_q, block_kv: tokens per block.
     """
 
     precisions: tuple[Precision, ...]
-    permutation: Tensor | None = None
+    orders: Tensor | None = None
+    order_index: Tensor | None = None
     mask_table: Tensor | None = None
     mask_index: Tensor | None = None
     compensate: Tensor | None = None
     tokens: int | None = None
+    grid: TokenGrid | None = None
     block_q: int = 64
     block_kv: int = 64
 
     @property
     def heads(self) -> int:
         return len(self.precisions)
+
+    @property
+    def permutation(self) -> Tensor | None:
+        """The heads' orders as gather indices [H, N], or None."""
+        if self.orders is None or self.order_index is None:
+            return self.orders
+        return self.orders.index_select(0, self.order_index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +103,8 @@ class Plan:
         mask_table: uint8 [unique masks, q blocks, ceil(kv blocks / 8)], see `paroattn.block_mask.pack_bits`.
         mask_index: int32 [step buckets, layers, heads] into mask_table.
         compensate: bool [step buckets, layers, heads], whether skipped blocks are approximated by their means.
+        usage: float32 [step buckets, layers], the share of a bucket's steps in which a layer is called: 1 where a
+            pipeline has one transformer; of two (Wan 2.2), each is called in its own steps.
         provenance: how it was calibrated; JSON values.
         block_q, block_kv: tokens per block.
 
@@ -112,6 +126,7 @@ class Plan:
     mask_table: Tensor
     mask_index: Tensor
     compensate: Tensor
+    usage: Tensor
     provenance: Mapping[str, Any] = field(default_factory=dict)
     block_q: int = 64
     block_kv: int = 64
@@ -125,38 +140,48 @@ class Plan:
 
     def densities(self, *, visual_only: bool = False) -> Tensor:
         """Kept blocks over all blocks, float64 [step buckets, layers, heads]; `visual_only` leaves text blocks out."""
-        masks = unpack_bits(self.mask_table, block_count(self.grid.tokens, self.block_kv))
-        counted = torch.ones_like(masks[0])
-        if visual_only:
-            counted = ~text_blocks(self.grid, self.block_q, self.block_kv)
+        text = text_blocks(self.grid, self.block_q, self.block_kv)
+        counted = ~text if visual_only else torch.ones_like(text)
         if not bool(counted.any()):  # every block touches text, and those are all computed
             return torch.ones(self.mask_index.shape, dtype=torch.float64)
-        per_mask = masks[:, counted].double().mean(-1)
-        return per_mask[self.mask_index.long()]
+        shares = [unpack_bits(mask, text.shape[1])[counted].double().mean() for mask in self.mask_table]
+        return torch.stack(shares)[self.mask_index.long()]
 
     def density(self, *, visual_only: bool = False) -> float:
-        """Mean of `densities` over layers, heads and the schedule (buckets weighted by their length)."""
-        lengths = bucket_lengths(self.bucket_edges)
-        return float((self.densities(visual_only=visual_only).mean((1, 2)) * lengths).sum())
+        """Mean of `densities` over heads and over the calls of layers in a schedule."""
+        calls = bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage
+        return float((self.densities(visual_only=visual_only).mean(2) * calls).sum() / calls.sum())
 
     def bucket_of(self, step: int, num_steps: int) -> int:
         """Step bucket of denoising step `step` (from 0) in a schedule of `num_steps` steps."""
         return bucket_of(self.bucket_edges, step, num_steps)
 
     def layer(self, index: int) -> LayerPlan:
-        """The part of layer `index`, with the masks that it uses."""
-        used, mask_index = torch.unique(self.mask_index[:, index], return_inverse=True)
+        """The part of layer `index`; the tables of orders and masks are shared by all layers."""
+        return self.layers()[index]
+
+    def layers(self, device: torch.device | str = "cpu") -> list[LayerPlan]:
+        """The parts of all layers on a device, where they share one copy of the tables of orders and masks."""
         orders = torch.stack([token_order(name, self.grid) for name in self.order_names])
-        return LayerPlan(
-            precisions=tuple(self.precisions[i] for i in self.precision_index[index].tolist()),
-            permutation=orders[self.order_index[index].long()],
-            mask_table=self.mask_table[used.long()],
-            mask_index=mask_index.to(torch.int32),
-            compensate=self.compensate[:, index],
-            tokens=self.grid.tokens,
-            block_q=self.block_q,
-            block_kv=self.block_kv,
-        )
+        shared: dict[str, Any] = {
+            "orders": orders.to(device, torch.int32),
+            "mask_table": self.mask_table.to(device),
+            "tokens": self.grid.tokens,
+            "grid": self.grid,
+            "block_q": self.block_q,
+            "block_kv": self.block_kv,
+        }
+        index, masks, compensate = (x.to(device) for x in (self.order_index.int(), self.mask_index, self.compensate))
+        return [
+            LayerPlan(
+                precisions=tuple(self.precisions[i] for i in self.precision_index[layer].tolist()),
+                order_index=index[layer],
+                mask_index=masks[:, layer],
+                compensate=compensate[:, layer],
+                **shared,
+            )
+            for layer in range(self.model.layers)
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to one safetensors file, whole or not at all."""
@@ -291,6 +316,7 @@ def _validate(plan: Plan) -> None:
         "mask_table": (max(masks, 1), rows, -(-columns // 8)),
         "mask_index": (buckets, layers, heads),
         "compensate": (buckets, layers, heads),
+        "usage": (buckets, layers),
     }
     for name, shape in shapes.items():
         tensor = getattr(plan, name)
@@ -316,9 +342,11 @@ def _validate(plan: Plan) -> None:
 def _validate_masks(plan: Plan, columns: int) -> None:
     if columns % 8 and bool((plan.mask_table[..., -1] >> (columns % 8)).any()):
         raise PlanError(f"mask_table has bits beyond its {columns} kv blocks")
-    dense = unpack_bits(plan.mask_table, columns)
-    empty = (~dense.any(-1)).nonzero()
+    empty = (plan.mask_table == 0).all(-1).nonzero()
     if len(empty):
         raise PlanError(f"mask {int(empty[0, 0])} keeps no block in row {int(empty[0, 1])}; every row needs one")
-    if not bool(dense[:, text_blocks(plan.grid, plan.block_q, plan.block_kv)].all()):
+    text = pack_bits(text_blocks(plan.grid, plan.block_q, plan.block_kv))
+    if bool((~plan.mask_table & text).any()):
         raise PlanError("a mask skips a block that touches text tokens; those are always computed")
+    if not bool(((plan.usage >= 0) & (plan.usage <= 1)).all()) or not bool(plan.usage.any()):
+        raise PlanError("usage holds numbers outside [0, 1], or says that no layer is ever called")

@@ -19,6 +19,7 @@ from paroattn.block_mask import text_blocks
 from paroattn.calibration.keep import check_density, check_reachable, keep_best, least_density
 from paroattn.calibration.select import plan_from_masks
 from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS
+from paroattn.errors import PlanError
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan, bucket_lengths
 from paroattn.quantize import Precision
@@ -39,6 +40,7 @@ class CostStatistics:
         norms: squared norm of the head's output, [buckets, layers, heads].
         weights: squared change of the final result per unit of error in one step of a bucket, [buckets, layers, heads].
         int4_effects: squared change of the final result when a head is computed in INT4, [layers, heads].
+        usage: share of each bucket's steps in which a layer is called, float32 [buckets, layers].
         provenance: prompts, seed, steps and the like; JSON values.
     """
 
@@ -54,12 +56,14 @@ class CostStatistics:
     norms: Tensor
     weights: Tensor
     int4_effects: Tensor
+    usage: Tensor
     provenance: Mapping[str, Any]
 
     @property
-    def lengths(self) -> Tensor:
-        """Share of the schedule in each bucket, float64 [buckets]."""
-        return bucket_lengths(self.bucket_edges)
+    def shares(self) -> Tensor:
+        """Share of all calls of heads in a schedule, float64 like `norms`; it sums to 1."""
+        calls = (bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage).unsqueeze(-1).expand(self.norms.shape)
+        return calls / calls.sum()
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,31 @@ class Selection:
         compensate: approximate skipped blocks by their means "never", "always", or where that errs less ("chosen").
         budget: "effect" shares one average density by measured weights, "error" by relative errors of the heads'
             outputs, "uniform" gives every head of every step the same.
+        dense_steps: share of the schedule, from its start, in which all blocks are computed; buckets that begin there.
+        dense_layers: number of layers, from the first, in which all blocks are computed, in exact arithmetic.
+
+    Raises:
+        ValueError: dense_steps outside [0, 1), or a negative number of layers.
     """
 
     score: Literal["cost", "block sum"] = "cost"
     compensate: Literal["never", "always", "chosen"] = "chosen"
     budget: Literal["effect", "error", "uniform"] = "effect"
+    dense_steps: float = 0.0
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dense_steps < 1:
+            raise ValueError(f"dense_steps is {self.dense_steps!r}; expected a share of the schedule in [0, 1)")
+        if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
+            raise ValueError(f"dense_layers is {self.dense_layers!r}; expected a number of layers, at least 0")
+
+    def guarded(self, statistics: CostStatistics) -> Tensor:
+        """Where all blocks are computed whatever they cost: dense steps and layers, bool [buckets, layers, heads]."""
+        buckets, layers, heads = statistics.norms.shape
+        early = torch.tensor([edge < self.dense_steps - 1e-9 for edge in statistics.bucket_edges])
+        first = torch.arange(layers) < self.dense_layers
+        return (early.unsqueeze(1) | first).unsqueeze(-1).expand(buckets, layers, heads)
 
 
 def select_by_cost(
@@ -110,20 +134,25 @@ def select_by_cost(
         "chosen": approximated < dropped,
     }[selection.compensate]
     required = text_blocks(statistics.grid, statistics.block_q)
-    masks = torch.empty_like(statistics.block_sums, dtype=torch.bool)
-    owed = 0.0  # blocks times share of the schedule that rounding to whole blocks has left to spend
-    for bucket, layer, head in torch.cartesian_prod(*(torch.arange(size) for size in densities.shape)).tolist():
+    masks = torch.ones_like(statistics.block_sums, dtype=torch.bool)
+    owed = 0.0  # blocks times share of all calls that rounding to whole blocks has left to spend
+    shares, sparse = statistics.shares, statistics.shares > 0
+    sparse &= ~selection.guarded(statistics)
+    for bucket, layer, head in sparse.nonzero().tolist():
         score = statistics.block_sums[bucket, layer, head]
         if selection.score == "cost":
             score = statistics.costs[int(compensate[bucket, layer, head]), bucket, layer, head]
-        length, blocks = float(statistics.lengths[bucket]), score.numel()
+        share, blocks = float(shares[bucket, layer, head]), score.numel()
         wanted = float(densities[bucket, layer, head]) * blocks
-        rounded = min(max(round(wanted + owed / length), 0), blocks)
+        rounded = min(max(round(wanted + owed / share), 0), blocks)
         mask = keep_best(score, rounded / blocks, required)
-        owed += (wanted - int(mask.sum())) * length
+        owed += (wanted - int(mask.sum())) * share
         masks[bucket, layer, head] = mask
     compensate &= ~masks.all(-1).all(-1)  # where nothing is skipped there is nothing to approximate
     precisions, index = mixed_precision(parsed, statistics.int4_effects, int8_share)
+    if selection.dense_layers and parsed != Precision():
+        index[: selection.dense_layers] = len(precisions)
+        precisions = (*precisions, Precision())
     return plan_from_masks(
         masks,
         model=statistics.model,
@@ -131,6 +160,7 @@ def select_by_cost(
         order_names=statistics.order_names,
         order_index=statistics.order_index,
         bucket_edges=statistics.bucket_edges,
+        usage=statistics.usage,
         block_q=statistics.block_q,
         compensate=compensate,
         precisions=precisions,
@@ -155,35 +185,41 @@ def mixed_precision(
 
 
 def allocate(statistics: CostStatistics, density: float, selection: Selection = Selection()) -> Tensor:
-    """Densities [buckets, layers, heads], float64, whose mean over the schedule is `density`.
+    """Densities [buckets, layers, heads], float64, whose mean over the calls of a schedule is `density`.
 
     The budget is spent in the order of what a block brings: along the lower convex hull of each head's error over
     density, the steepest piece first.
     """
     least = least_density(statistics.grid, statistics.block_q)
     check_reachable(density, statistics.grid, statistics.block_q)
-    shape = statistics.norms.shape
+    shares, guarded = statistics.shares, selection.guarded(statistics)
+    fixed = guarded | (shares == 0)
+    densities = torch.where(fixed, 1.0, torch.full_like(shares, least))
+    left = density - float((densities * shares).sum())
+    if left < -0.5 / statistics.block_sums[0, 0, 0].numel():
+        raise PlanError(
+            f"density {density:g} cannot be reached: dense steps and layers, text blocks and one block per row already "
+            f"need {density - left:.4f}. Ask for at least that, or for fewer dense steps or layers."
+        )
     if selection.budget == "uniform":
-        return torch.full(shape, density, dtype=torch.float64)
+        return densities + (~fixed) * (left / max(float(shares[~fixed].sum()), 1e-30))
     ways = {"never": [DROP], "always": [COMPENSATE], "chosen": [DROP, COMPENSATE]}[selection.compensate]
     errors = statistics.errors[ways].amin(0)
     weights = statistics.weights if selection.budget == "effect" else 1 / statistics.norms.clamp(min=1e-30)
-    share = (statistics.lengths / (shape[1] * shape[2])).view(-1, 1, 1).expand(shape).flatten()
     curves = _weighted_curves(errors * weights.unsqueeze(-1), least)
     pieces = []  # gain per density, head, density wanted
-    for head, points in enumerate(curves):
-        hull = _lower_hull(points)
+    for head in (~fixed).flatten().nonzero().flatten().tolist():
+        hull = _lower_hull(curves[head])
         for (a, high), (b, low) in pairwise(hull):
             pieces.append(((high - low) / (b - a), head, b - a))
-    densities = torch.full((len(curves),), least, dtype=torch.float64)
-    left = max(density - least, 0.0)
+    flat, share = densities.flatten(), shares.flatten().tolist()
     for _, head, width in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
-        taken = min(width, left / float(share[head]))
-        densities[head] += taken
-        left -= taken * float(share[head])
+        taken = min(width, max(left, 0.0) / share[head])
+        flat[head] += taken
+        left -= taken * share[head]
         if left <= 0:
             break
-    return densities.view(shape)
+    return flat.view_as(densities)
 
 
 def interpolate(errors: Tensor, densities: Tensor) -> Tensor:

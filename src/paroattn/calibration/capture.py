@@ -1,20 +1,23 @@
-"""Accumulates statistics from attention calls of a running model; queries, keys and values are not kept."""
+"""Accumulates statistics from attention calls of a running model; queries, keys and values are not kept.
+
+Statistics of blocks cover the visual tokens. Blocks that touch text are always computed, and their number may differ
+from prompt to prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK, block_count, text_blocks
+from paroattn.block_mask import BLOCK, block_count, text_blocks, visual_blocks
+from paroattn.calibration.calls import AttentionCall, order_of
 from paroattn.calibration.skip_cost import LEVELS, skip_costs
 from paroattn.calibration.statistics import OrderCriterion, block_sums, order_metrics, probability_blocks
 from paroattn.grid import TokenGrid
-from paroattn.order import token_order
 
 
 class OrderScores:
@@ -39,23 +42,25 @@ class OrderScores:
         seed: int,
     ):
         self.criterion = criterion
-        self._orders = [token_order(name, grid) for name in order_names]
+        self._order_names = order_names
         self._totals = torch.zeros(2, layers, heads, len(order_names), dtype=torch.float64)
-        self._calls = torch.zeros(layers, dtype=torch.float64)
-        self._row_blocks = _drawn_rows(block_count(grid.tokens, BLOCK), row_share, seed)
+        self._samples = torch.zeros(layers, dtype=torch.float64)
+        self._row_blocks = _drawn_rows(grid, BLOCK, row_share, seed)
 
-    def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Take one attention call: query, key [B, N, H, D] in the model's order."""
-        for q, k in zip(query.float().cpu(), key.float().cpu(), strict=True):
-            for head in range(query.shape[2]):
-                for number, order in enumerate(self._orders):
-                    metrics = order_metrics(q[:, head], k[:, head], order, scale, self.criterion, self._row_blocks)
-                    self._totals[:, layer, head, number] += torch.tensor(metrics, dtype=torch.float64)
-            self._calls[layer] += 1
+    def add(self, call: AttentionCall) -> None:
+        """Take one attention call."""
+        for sample in call.samples():
+            for head in range(call.heads):
+                q, k, _ = (x.cpu() for x in sample.head(head))
+                for number, name in enumerate(self._order_names):
+                    order = order_of(name, sample.grid)
+                    metrics = order_metrics(q, k, order, call.scale, self.criterion, self._row_blocks)
+                    self._totals[:, call.layer, head, number] += torch.tensor(metrics, dtype=torch.float64)
+            self._samples[call.layer] += 1
 
     def means(self) -> tuple[Tensor, Tensor]:
         """M_sparse and M_quant, each float64 [layers, heads, orders]."""
-        sparse, incoherence = self._totals / self._calls.view(1, -1, 1, 1)
+        sparse, incoherence = self._totals / self._samples.view(1, -1, 1, 1)
         return sparse, incoherence
 
 
@@ -71,21 +76,25 @@ class BlockSums:
     def __init__(self, buckets: int, choices: Sequence[tuple[tuple[str, ...], Tensor]], grid: TokenGrid):
         blocks = block_count(grid.tokens, BLOCK)
         layers, heads = choices[0][1].shape
-        self._choices = [(index, [token_order(name, grid) for name in names]) for names, index in choices]
+        self._visual = (..., *visual_blocks(grid))
+        self._choices = choices
         self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks)
-        self._calls = torch.zeros(buckets, layers)
+        self._samples = torch.zeros(buckets, layers)
 
-    def add(self, bucket: int, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Take one attention call: query, key [B, N, H, D] in the model's order."""
-        for q, k in zip(query.float().cpu(), key.float().cpu(), strict=True):
-            for head in range(query.shape[2]):
-                orders = [table[int(index[layer, head])] for index, table in self._choices]
-                self._sums[:, bucket, layer, head] += block_sums(q[:, head], k[:, head], orders, scale)
-            self._calls[bucket, layer] += 1
+    def add(self, bucket: int, call: AttentionCall) -> None:
+        """Take one attention call."""
+        layer = call.layer
+        for sample in call.samples():
+            for head in range(call.heads):
+                q, k, _ = (x.cpu() for x in sample.head(head))
+                orders = [order_of(names[int(index[layer, head])], sample.grid) for names, index in self._choices]
+                sums = block_sums(q, k, orders, call.scale)
+                self._sums[:, bucket, layer, head][self._visual] += sums[self._visual]
+            self._samples[bucket, layer] += 1
 
     def means(self) -> Tensor:
-        """Mean block sums [choices, buckets, layers, heads, q blocks, kv blocks]; NaN where nothing was captured."""
-        return self._sums / self._calls.view(*self._calls.shape, 1, 1, 1)
+        """Mean block sums [choices, buckets, layers, heads, q blocks, kv blocks]; zero where nothing was captured."""
+        return self._sums / self._samples.clamp(min=1).view(*self._samples.shape, 1, 1, 1)
 
 
 class OrderErrors:
@@ -109,26 +118,28 @@ class OrderErrors:
         row_share: float,
         seed: int,
     ):
-        self._orders = [token_order(name, grid) for name in order_names]
-        self._required = text_blocks(grid, block_q)
+        self._order_names = order_names
         self._block_q = block_q
-        self._q_blocks = _drawn_rows(block_count(grid.tokens, block_q), row_share, seed)
+        self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
         self._errors = torch.zeros(layers, heads, len(order_names), len(LEVELS), dtype=torch.float64)
 
-    def add(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """Take one attention call: query, key, value [B, N, H, D] in the model's order."""
-        measure = partial(
-            skip_costs, scale=scale, required=self._required, block_q=self._block_q, q_blocks=self._q_blocks
-        )
+    def add(self, call: AttentionCall) -> None:
+        """Take one attention call."""
+        samples = list(call.samples())
 
         def compare(head: int) -> None:
-            for q, k, v in _samples(head, query, key, value):
-                for number, order in enumerate(self._orders):
-                    found = measure(q, k, v, order)
+            for sample in samples:
+                q, k, v = sample.head(head)
+                required = text_blocks(sample.grid, self._block_q)
+                for number, name in enumerate(self._order_names):
+                    order = order_of(name, sample.grid)
+                    found = skip_costs(
+                        q, k, v, order, call.scale, required, block_q=self._block_q, q_blocks=self._q_blocks
+                    )
                     # A skipped block is dropped or approximated, whichever is better.
-                    self._errors[layer, head, number] += found.errors.amin(0) / max(found.norm, 1e-30)
+                    self._errors[call.layer, head, number] += found.errors.amin(0) / max(found.norm, 1e-30)
 
-        _for_each_head(compare, query)
+        _for_each_head(compare, call)
 
     def choose(self) -> Tensor:
         """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over `LEVELS`."""
@@ -145,27 +156,37 @@ class StepChange:
     """
 
     def __init__(self, layers: int, heads: int, grid: TokenGrid, row_share: float, seed: int):
-        blocks = block_count(grid.tokens, BLOCK)
-        self._rows = _drawn_rows(blocks, row_share, seed)
-        self._shape = (layers, heads, len(self._rows), blocks)
+        self._rows = _drawn_rows(grid, BLOCK, row_share, seed)
+        self._columns = visual_blocks(grid)[1]
+        self._shape = (layers, heads, len(self._rows), block_count(grid.tokens, BLOCK))
         self._sums: dict[int, Tensor] = {}
+        self._calls: dict[int, set[int]] = {}
 
-    def add(self, step: int, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Take one attention call of a denoising step: query, key [B, N, H, D] in the model's order."""
-        sums = self._sums.setdefault(step, torch.zeros(self._shape))
-        order = torch.arange(query.shape[1])
-        for q, k in zip(query.float().cpu(), key.float().cpu(), strict=True):
-            for head in range(query.shape[2]):
-                for rows, p in probability_blocks(q[:, head], k[:, head], order, scale, self._rows):
-                    sums[layer, head, torch.searchsorted(self._rows, rows)] += p.sum((1, 3))
+    def add(self, call: AttentionCall) -> None:
+        """Take one attention call."""
+        sums = self._sums.setdefault(call.step, torch.zeros(self._shape))
+        self._calls.setdefault(call.step, set()).add(call.layer)
+        for sample in call.samples():
+            order = torch.arange(sample.grid.tokens)
+            for head in range(call.heads):
+                q, k, _ = (x.cpu() for x in sample.head(head))
+                for rows, p in probability_blocks(q, k, order, call.scale, self._rows):
+                    places = torch.searchsorted(self._rows, rows)
+                    sums[call.layer, head, places, self._columns] += p.sum((1, 3))[:, self._columns]
 
     def changes(self) -> list[float]:
-        """Mean relative L2 change of the block sums from each step to the next; one fewer than there are steps."""
-        steps = [self._sums[step] for step in sorted(self._sums)]
+        """Mean relative L2 change of the block sums from each step to the next; one fewer than there are steps.
+
+        It is infinite where other layers begin to be called, which is where a second transformer takes over.
+        """
         found = []
-        for before, after in pairwise(steps):
-            difference = (after - before).flatten(2).norm(dim=-1) / before.flatten(2).norm(dim=-1)
-            found.append(float(difference.mean()))
+        for before, after in pairwise(sorted(self._sums)):
+            if self._calls[before] != self._calls[after]:
+                found.append(float("inf"))
+                continue
+            layers = sorted(self._calls[before])
+            old, new = self._sums[before][layers].flatten(2), self._sums[after][layers].flatten(2)
+            found.append(float(((new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)).mean()))
         return found
 
 
@@ -185,69 +206,67 @@ class BlockCosts:
     ):
         layers, heads = order_index.shape
         rows, columns = block_count(grid.tokens, block_q), block_count(grid.tokens, BLOCK)
-        orders = [token_order(name, grid) for name in order_names]
-        self._orders = [[orders[index] for index in layer] for layer in order_index.tolist()]
-        self._required = text_blocks(grid, block_q)
+        self._names = [[order_names[index] for index in layer] for layer in order_index.tolist()]
+        self._visual = (..., *visual_blocks(grid, block_q))
         self._block_q = block_q
         self._block_sums = torch.zeros(buckets, layers, heads, rows, columns)
         self._costs = torch.zeros(2, buckets, layers, heads, rows, columns)
         self._errors = torch.zeros(2, buckets, layers, heads, len(LEVELS), dtype=torch.float64)
         self._norms = torch.zeros(buckets, layers, heads, dtype=torch.float64)
-        self._calls = torch.zeros(buckets, layers)
+        self._samples = torch.zeros(buckets, layers)
 
-    def add(self, bucket: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """Take one attention call: query, key, value [B, N, H, D] in the model's order."""
+    def add(self, bucket: int, call: AttentionCall) -> None:
+        """Take one attention call."""
+        samples = list(call.samples())
 
         def add_head(head: int) -> None:
-            order = self._orders[layer][head]
-            for q, k, v in _samples(head, query, key, value):
-                found = skip_costs(q, k, v, order, scale, self._required, block_q=self._block_q)
-                self._block_sums[bucket, layer, head] += found.block_sums
-                self._costs[:, bucket, layer, head] += found.costs
-                self._errors[:, bucket, layer, head] += found.errors
-                self._norms[bucket, layer, head] += found.norm
+            place = (bucket, call.layer, head)
+            for sample in samples:
+                order = order_of(self._names[call.layer][head], sample.grid)
+                required = text_blocks(sample.grid, self._block_q)
+                found = skip_costs(*sample.head(head), order, call.scale, required, block_q=self._block_q)
+                self._block_sums[place][self._visual] += found.block_sums[self._visual]
+                self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
+                self._errors[(slice(None), *place)] += found.errors
+                self._norms[place] += found.norm
 
-        _for_each_head(add_head, query)
-        self._calls[bucket, layer] += len(query)
+        _for_each_head(add_head, call)
+        self._samples[bucket, call.layer] += len(samples)
 
     def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per call: block sums of P [buckets, layers, heads, q blocks, kv blocks], costs [2, ...] and errors
+        """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks], costs [2, ...] and errors
         [2, buckets, layers, heads, levels] as `SkipCosts` has them, norms [buckets, layers, heads].
         """
-        calls = self._calls.unsqueeze(-1)
-        per_block = calls.view(*calls.shape, 1, 1)
+        samples = self._samples.clamp(min=1).unsqueeze(-1)
+        per_block = samples.view(*samples.shape, 1, 1)
         return (
             self._block_sums / per_block,
             self._costs / per_block,
-            self._errors / calls.unsqueeze(-1),
-            self._norms / calls,
+            self._errors / samples.unsqueeze(-1),
+            self._norms / samples,
         )
 
 
-def _samples(head: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """One head of tensors [B, N, H, D], sample by sample, as float32 [N, D]."""
-    return zip(*(tensor[:, :, head].float() for tensor in tensors), strict=True)
-
-
-def _for_each_head(task: Callable[[int], None], query: Tensor) -> None:
-    """Call `task` with every head of query [B, N, H, D]; on a CPU one thread takes one head at a time.
+def _for_each_head(task: Callable[[int], None], call: AttentionCall) -> None:
+    """Call `task` with every head of a call; on a CPU one thread takes one head at a time.
 
     Many small operations in a row are faster so than each of them spread over all threads, above all when something
     else runs beside them.
     """
     threads = torch.get_num_threads()
-    if query.device.type != "cpu" or threads == 1:
-        for head in range(query.shape[2]):
+    if call.query.device.type != "cpu" or threads == 1:
+        for head in range(call.heads):
             task(head)
         return
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(task, range(query.shape[2])))
+            list(pool.map(task, range(call.heads)))
     finally:
         torch.set_num_threads(threads)
 
 
-def _drawn_rows(rows: int, share: float, seed: int) -> Tensor:
-    """At least one and `share` of `rows` row numbers, ascending."""
+def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tensor:
+    """At least one and `share` of the rows of visual blocks, ascending."""
+    rows = max(1, visual_blocks(grid, block_q)[0].stop)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(rows, generator=generator)[: max(1, round(rows * share))].sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class CalibrationStatistics:
         order_names: candidate orders; order_index uint8 [layers, heads]: the order chosen for each head.
         bucket_edges: start of each step bucket, fractions of the schedule.
         block_sums: mean block sums of P [buckets, layers, heads, q blocks, kv blocks] in those orders.
+        usage: share of each bucket's steps in which a layer is called, float32 [buckets, layers].
         provenance: prompts, seed, steps and the like; JSON values.
     """
 
@@ -34,6 +36,7 @@ class CalibrationStatistics:
     order_index: Tensor
     bucket_edges: tuple[float, ...]
     block_sums: Tensor
+    usage: Tensor
     provenance: Mapping[str, Any]
 
 
@@ -83,6 +86,7 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
         order_names=statistics.order_names,
         order_index=statistics.order_index,
         bucket_edges=statistics.bucket_edges,
+        usage=statistics.usage,
         precisions=(chosen,),
         provenance={**statistics.provenance, "density": density},
     )
@@ -96,6 +100,7 @@ def plan_from_masks(
     order_names: tuple[str, ...],
     order_index: Tensor,
     bucket_edges: tuple[float, ...],
+    usage: Tensor,
     block_q: int = BLOCK,
     compensate: Tensor | None = None,
     precisions: tuple[Precision, ...] = (Precision(),),
@@ -104,8 +109,11 @@ def plan_from_masks(
 ) -> Plan:
     """A plan from bool masks [buckets, layers, heads, q blocks, kv blocks]; equal ones are stored once.
 
+    A layer that is never called in a bucket gets all blocks there: another schedule may call it after all.
+
     Args: as the attributes of `Plan`; compensate None stands for nowhere, precision_index None for the first precision.
     """
+    masks = masks | (usage == 0).view(*usage.shape, 1, 1, 1)
     table, index = torch.unique(pack_bits(masks).flatten(0, 2), dim=0, return_inverse=True)
     shape = masks.shape[:3]
     return Plan(
@@ -119,6 +127,7 @@ def plan_from_masks(
         mask_table=table,
         mask_index=index.view(shape).to(torch.int32),
         compensate=torch.zeros(shape, dtype=torch.bool) if compensate is None else compensate,
+        usage=usage,
         provenance=provenance,
         block_q=block_q,
     )
@@ -143,12 +152,14 @@ def step_bucket_edges(num_steps: int, most: int) -> tuple[float, ...]:
     return (*(0.5 * part / early for part in range(early)), 0.5)
 
 
-def bucket_edges_by_change(changes: Sequence[float], most: int) -> tuple[float, ...]:
+def bucket_edges_by_change(changes: Sequence[float], most: int, forced: Sequence[int] = ()) -> tuple[float, ...]:
     """Bucket edges such that attention changes equally much within each bucket; every step apart if `most` allows it.
 
     Args:
-        changes: how much attention maps change from each step to the next, one fewer than there are steps.
+        changes: how much attention maps change from each step to the next, one fewer than there are steps; infinite
+            where another bucket must begin, if `most` allows it.
         most: the most buckets allowed.
+        forced: more steps at which a bucket must begin.
 
     Example:
         >>> bucket_edges_by_change([3.0, 1.0, 1.0, 1.0], most=3)
@@ -159,13 +170,16 @@ def bucket_edges_by_change(changes: Sequence[float], most: int) -> tuple[float, 
     steps = len(changes) + 1
     if steps <= most:
         return tuple(step / steps for step in range(steps))
-    total = sum(changes)
-    edges, bucket, passed = [0.0], 0, 0.0
-    for step, change in enumerate(changes, start=1):
+    starts = {step for step, change in enumerate(changes, start=1) if change == math.inf}
+    starts = set(sorted(starts | {step for step in forced if 0 < step < steps})[: most - 1])
+    finite = [0.0 if change == math.inf else change for change in changes]
+    parts, total = most - len(starts), sum(finite)
+    bucket, passed = 0, 0.0
+    for step, change in enumerate(finite, start=1):
         passed += change
         # A step starts a bucket when half of the way to it lies in the next equal part of the whole change.
-        number = min(most - 1, int(most * (passed - change / 2) / total)) if total > 0 else 0
+        number = min(parts - 1, int(parts * (passed - change / 2) / total)) if total > 0 else 0
         if number > bucket:
             bucket = number
-            edges.append(step / steps)
-    return tuple(edges)
+            starts.add(step)
+    return (0.0, *(step / steps for step in sorted(starts)))

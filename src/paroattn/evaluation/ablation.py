@@ -126,7 +126,9 @@ def cases(
         if not methods or method in methods:
             plan = make()
             precision = max(map(str, plan.precisions), key=lambda name: "int4" in name)
-            found.append(Case(group, method, density, precision, partial(apply, plan=plan, backend=backend), plan))
+            found.append(
+                Case(group, method, density, precision, partial(apply, plan=plan, strict=True, backend=backend), plan)
+            )
 
     def ours(**choice: Any) -> Callable[[], Plan]:
         return lambda: select_by_cost(measured.costs, **choice)
@@ -183,6 +185,7 @@ def _paper_with_budget(measured: Measured, density: float) -> Plan:
         order_names=source.order_names,
         order_index=source.order_index,
         bucket_edges=edges,
+        usage=measured.costs.usage,
         provenance={**source.provenance, "density": density},
     )
 

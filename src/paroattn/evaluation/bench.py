@@ -197,7 +197,7 @@ class _Inputs:
         heads, tokens = self.shape.heads, self.shape.tokens
         plan = LayerPlan(
             precisions=(precision,) * heads,
-            permutation=self.order,
+            orders=self.order,
             mask_table=None if whole else pack_bits(mask),
             mask_index=None if whole else torch.arange(heads, dtype=torch.int32).unsqueeze(0),
             compensate=torch.ones(1, heads, dtype=torch.bool) if compensate else None,

@@ -1,4 +1,4 @@
-"""Seconds spent in a transformer, whatever a pipeline does around it."""
+"""Seconds spent in transformers, whatever a pipeline does around it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from torch import nn
 
 
 class TransformerClock:
-    """Adds up the time of a module's calls, inside a `with` block.
+    """Adds up the time of calls of one or more modules, inside a `with` block.
 
     Attributes:
         seconds: so far; on CUDA until the device has finished.
 
     Example:
-        >>> with TransformerClock(nn.Linear(4, 4)) as clock:
-        ...     _ = clock.module(torch.ones(4))
+        >>> with TransformerClock(module := nn.Linear(4, 4)) as clock:
+        ...     _ = module(torch.ones(4))
         >>> clock.seconds > 0
         True
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, *modules: nn.Module):
+        self._modules = modules
         self.seconds = 0.0
         self._start = 0.0
         self._hooks: list[Any] = []
 
     def __enter__(self) -> TransformerClock:
         self._hooks = [
-            self.module.register_forward_pre_hook(self._begin),
-            self.module.register_forward_hook(self._end),
+            hook
+            for module in self._modules
+            for hook in (module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end))
         ]
         return self
 
@@ -49,6 +50,6 @@ class TransformerClock:
         self.seconds += self._now() - self._start
 
     def _now(self) -> float:
-        if any(parameter.is_cuda for parameter in self.module.parameters()):
+        if any(parameter.is_cuda for module in self._modules for parameter in module.parameters()):
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -16,7 +16,7 @@ from paroattn.calibration.select import CalibrationStatistics, select_plan
 from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness, compare
 from paroattn.integrations.apply import apply
-from paroattn.integrations.attach import transformer_of
+from paroattn.integrations.descriptors import transformers_of
 from paroattn.integrations.video_model import VideoModel
 from paroattn.plan import Plan
 
@@ -99,8 +99,8 @@ def evaluate_variants(
         for prompt, seed in pairs:
             for name, plan in contenders:
                 bar.set_postfix_str(name)
-                applied = nullcontext() if plan is None else apply(model.pipe, plan, backend=backend)
-                with applied, TransformerClock(transformer_of(model.pipe)) as clock:
+                applied = nullcontext() if plan is None else apply(model.pipe, plan, strict=True, backend=backend)
+                with applied, TransformerClock(*transformers_of(model.pipe)) as clock:
                     evaluation.videos[name].append(model.generate(prompt, seed))
                 evaluation.seconds[name].append(clock.seconds)
                 bar.update()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -11,31 +11,37 @@ from torch import Tensor
 
 from paroattn.errors import PlanError
 from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import Attachment, transformer_of
-from paroattn.integrations.descriptors import identify
+from paroattn.integrations.attach import Attachment
+from paroattn.integrations.descriptors import describe, identify, transformers_of
+from paroattn.integrations.operators import Operators, PlannedLayer, Request
 from paroattn.integrations.schedule import Schedule
-from paroattn.ops import PreparedAttention, prepare
-from paroattn.ops.prepared import choose_for_layer
 from paroattn.plan import LayerPlan, ModelIdentity, Plan
 from paroattn.quantize import Precision
 
 
 def apply(
-    pipe: Any, plan: Plan | None = None, *, precision: str | Precision | None = None, backend: str = "auto"
+    pipe: Any,
+    plan: Plan | None = None,
+    *,
+    precision: str | Precision | None = None,
+    strict: bool = False,
+    backend: str = "auto",
 ) -> Handle:
-    """Let a pipeline's transformer attend as a plan says, until the handle is removed.
+    """Let a pipeline's transformers attend as a plan says, until the handle is removed.
 
     Args:
-        pipe: a diffusers pipeline (Wan 2.1).
+        pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
         plan: from `paroattn.calibrate` or `Plan.load`. None computes every block.
         precision: without a plan, the number format of all heads ("int8", ...); a plan brings its own.
+        strict: raise `PlanError` for requests that the plan does not cover (another size, tokens beyond the grid)
+            instead of running them with the model's own attention after one warning.
         backend: "auto" or a backend's name.
 
     Returns:
         A handle with `remove()`; also a context manager.
 
     Raises:
-        PlanError: the plan is for another model, number of heads or layers; while generating, for another grid.
+        PlanError: the plan is for another model, number of heads or layers; with `strict` also while generating.
         ValueError: an unknown model class, precision or backend; both or neither of plan and precision.
 
     Example:
@@ -44,26 +50,33 @@ def apply(
     """
     if (plan is None) == (precision is None):
         raise ValueError("apply takes either a plan or a precision; got " + ("both" if plan is not None else "neither"))
-    identity = identify(transformer_of(pipe))
+    identity = identify(pipe)
+    layers: list[LayerPlan] = []
     if plan is not None:
         check_model(plan, identity)
-        layers = [plan.layer(index) for index in range(identity.layers)]
+        text = describe(transformers_of(pipe)[0]).text
+        if plan.grid.text_tokens and plan.grid.text_position != text:
+            raise PlanError(f"plan has text tokens as {plan.grid.text_position}; this model has them as {text}")
     else:
         parsed = Precision.parse(precision)  # type: ignore[arg-type]
         layers = [LayerPlan(precisions=(parsed,) * identity.heads)] * identity.layers
-    for layer in layers:
-        choose_for_layer(backend, layer)
-    return Handle(pipe, plan, layers, backend)
+    return Handle(pipe, plan, Operators(plan, layers, backend), identity.layers, strict)
 
 
 class Handle:
     """What `apply` returns; `remove()` restores the pipeline."""
 
-    def __init__(self, pipe: Any, plan: Plan | None, layers: list[LayerPlan], backend: str):
+    def __init__(self, pipe: Any, plan: Plan | None, operators: Operators, layers: int, strict: bool):
         self.plan = plan
-        self._bucket = _StepBucket()
-        intercepts = [_PlannedLayer(layer, self._bucket, backend) for layer in layers]
-        self._attachment = Attachment(pipe, intercepts, self._check_grid, self._follow)
+        self._operators = operators
+        self._strict = strict
+        self._request = Request()
+        self._warned = False
+        self._ready_for: tuple[torch.device, torch.dtype] | None = None
+        self._intercepts = [PlannedLayer(operators, layer, self._request) for layer in range(layers)]
+        self._attachment = Attachment(pipe, self._intercepts, self._before_call, self._follow)
+        first: Any = transformers_of(pipe)[0]
+        self._make_ready(first.device, first.dtype)
 
     def remove(self) -> None:
         """Restore the pipeline's own attention, bitwise."""
@@ -77,54 +90,42 @@ class Handle:
     ) -> None:
         self.remove()
 
-    def _check_grid(self, grid: TokenGrid) -> None:
-        if self.plan is not None and grid != self.plan.grid:
-            raise PlanError(
-                f"plan is for grid {self.plan.grid}; the model produced {grid}. "
-                "Calibrate for that grid, or load a matching plan."
-            )
+    def _before_call(self, grid: TokenGrid | None, hidden_states: Tensor) -> None:
+        self._request.stays_dense = self.plan is not None and not _covers(self.plan.grid, grid)
+        if torch.compiler.is_compiling():
+            return
+        if self._request.stays_dense:
+            self._refuse(grid)
+            return
+        self._make_ready(hidden_states.device, hidden_states.dtype)
+
+    def _refuse(self, grid: TokenGrid | None) -> None:
+        """Raise or warn, once, for a request that the plan does not cover."""
+        assert self.plan is not None
+        found = "tokens that are no single box of frames, height and width" if grid is None else f"grid {grid}"
+        message = f"plan is for grid {self.plan.grid}; this request has {found}"
+        if self._strict:
+            raise PlanError(f"{message}. Calibrate for that grid, or load a matching plan.")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{message}, and runs with the model's own attention", stacklevel=2)
+
+    def _make_ready(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self._ready_for != (device, dtype) and device.type != "meta":
+            self._ready_for = (device, dtype)
+            for intercept in self._intercepts:
+                intercept.make_ready(device, dtype)
 
     def _follow(self, schedule: Schedule) -> None:
         if self.plan is not None:
-            self._bucket.set(self.plan.bucket_of(schedule.step, schedule.num_steps))
+            self._operators.show(self.plan.bucket_of(schedule.step, schedule.num_steps))
 
 
-class _StepBucket:
-    """The current step bucket as a 0-dim tensor per device, changed in place."""
-
-    def __init__(self) -> None:
-        self._value = 0
-        self._tensors: dict[torch.device, Tensor] = {}
-
-    def set(self, value: int) -> None:
-        self._value = value
-        for tensor in self._tensors.values():
-            tensor.fill_(value)
-
-    def on(self, device: torch.device) -> Tensor:
-        if device not in self._tensors:
-            self._tensors[device] = torch.tensor(self._value, device=device)
-        return self._tensors[device]
-
-
-class _PlannedLayer:
-    """The intercept of one layer: its operator, prepared for each device and dtype it meets."""
-
-    def __init__(self, layer_plan: LayerPlan, bucket: _StepBucket, backend: str):
-        self._layer_plan = layer_plan
-        self._bucket = bucket
-        self._backend = backend
-        self._prepared: dict[tuple[torch.device, torch.dtype, float | None], PreparedAttention] = {}
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dense: Callable[[], Tensor]
-    ) -> Tensor:
-        situation = (query.device, query.dtype, scale)
-        if situation not in self._prepared:
-            self._prepared[situation] = prepare(
-                self._layer_plan, device=query.device, dtype=query.dtype, scale=scale, backend=self._backend
-            )
-        return self._prepared[situation](query, key, value, step=self._bucket.on(query.device))
+def _covers(planned: TokenGrid, found: TokenGrid | None) -> bool:
+    """Whether a request has the box of visual tokens that was planned; the number of text tokens may differ."""
+    if found is None:
+        return False
+    return (planned.frames, planned.height, planned.width) == (found.frames, found.height, found.width)
 
 
 def check_model(plan: Plan, identity: ModelIdentity) -> None:

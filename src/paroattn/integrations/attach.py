@@ -6,33 +6,26 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from paroattn.grid import TokenGrid
-from paroattn.integrations.descriptors import attention_modules, describe
-from paroattn.integrations.rebind import Intercept, rebind
+from paroattn.integrations.descriptors import TRANSFORMERS, attention_modules, describe, transformers_of
+from paroattn.integrations.rebind import Intercept, is_rebound, rebind
 from paroattn.integrations.schedule import Schedule
 
-
-def transformer_of(pipe: Any) -> nn.Module:
-    """The transformer of a diffusers pipeline, or `ValueError`."""
-    transformer = getattr(pipe, "transformer", None)
-    if not isinstance(transformer, nn.Module) or getattr(pipe, "scheduler", None) is None:
-        raise ValueError(
-            f"pipe is a {type(pipe).__name__}; expected a diffusers pipeline with transformer and scheduler"
-        )
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(f"{type(pipe).__name__} has two transformers; paroattn handles one so far (Wan 2.1)")
-    return transformer
+OnCall = Callable[[TokenGrid | None, Tensor], None]
+"""Called before each forward pass of a transformer with its token grid (None: its visual tokens are no single box) and
+its `hidden_states`; may raise."""
 
 
 class Attachment:
-    """Intercepts in place of a transformer's self-attention, until `remove()`.
+    """Intercepts in place of the self-attention of a pipeline's transformers, until `remove()`.
 
     Args:
         pipe: a diffusers pipeline.
-        intercepts: one per self-attention layer.
-        on_grid: called with the token grid before each forward pass of the transformer; may raise.
+        intercepts: one per self-attention layer; the layers of a second transformer follow those of the first.
+        on_call: see `OnCall`.
         on_step: called whenever the denoising step changes.
     """
 
@@ -40,28 +33,25 @@ class Attachment:
         self,
         pipe: Any,
         intercepts: Sequence[Intercept],
-        on_grid: Callable[[TokenGrid], None],
+        on_call: OnCall,
         on_step: Callable[[Schedule], None],
     ):
-        transformer: Any = transformer_of(pipe)
-        descriptor = describe(transformer)
-        modules: list[Any] = attention_modules(transformer, descriptor)
-        if any(hasattr(module.processor, "_paroattn_slot") for module in modules):
+        self._pipe = pipe
+        self._on_call = on_call
+        self._originals: list[tuple[Any, Any]] = []
+        self._hooks: list[Any] = []
+        transformers = transformers_of(pipe)
+        modules = [attention_modules(transformer) for transformer in transformers]
+        if any(is_rebound(module.processor) for own in modules for module in own):
             raise ValueError("paroattn is already applied to this pipeline; call remove() on its handle first")
-        rebound = [rebind(module.processor, intercept) for module, intercept in zip(modules, intercepts, strict=True)]
-        signature = inspect.signature(type(transformer).forward)
-
-        def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if pipe.scheduler is not self.schedule.scheduler:
-                raise ValueError("the pipeline's scheduler was replaced after paroattn was applied; apply again")
-            arguments = signature.bind_partial(module, *args, **kwargs).arguments
-            on_grid(descriptor.grid(transformer.config, arguments))
-
-        self._originals = [(module, module.processor) for module in modules]
-        for module, processor in zip(modules, rebound, strict=True):
-            module.processor = processor
-        self._hook = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+        remaining = iter(intercepts)
+        rebound = [[rebind(module.processor, next(remaining)) for module in own] for own in modules]
         self.schedule = Schedule(pipe.scheduler, on_step)
+        for transformer, own, processors in zip(transformers, modules, rebound, strict=True):
+            for module, processor in zip(own, processors, strict=True):
+                self._originals.append((module, module.processor))
+                module.processor = processor
+            self._hooks.append(self._watch(transformer, list(zip(own, processors, strict=True))))
         self._attached = True
 
     def remove(self) -> None:
@@ -70,6 +60,34 @@ class Attachment:
             return
         self._attached = False
         self.schedule.remove()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module, processor in self._originals:
             module.processor = processor
+
+    def _watch(self, transformer: Any, installed: list[tuple[Any, Any]]) -> Any:
+        """Look at each forward call of a transformer before it runs."""
+        descriptor, config = describe(transformer), transformer.config
+        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+
+        def before_forward(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            if torch.compiler.is_compiling():
+                # A transformer compiled in place is watched from within its graph, where only shapes are known.
+                if not descriptor.box_from_values:
+                    self._on_call(descriptor.grid(config, arguments), arguments["hidden_states"])
+                return
+            if self._pipe.scheduler is not self.schedule.scheduler:
+                raise ValueError("the pipeline's scheduler was replaced after paroattn was applied; apply again")
+            if any(module.processor is not processor for module, processor in installed):
+                raise ValueError(
+                    "the transformer's attention processors were replaced after paroattn was applied (by fusing "
+                    "projections or loading an adapter, say); call remove() on its handle and apply again"
+                )
+            self.schedule.observe(arguments.get("timestep"))
+            self._on_call(descriptor.grid(config, arguments), arguments["hidden_states"])
+
+        # A compiled transformer is a module around the original one; watched there, this code is not compiled.
+        own = [getattr(self._pipe, name, None) for name in TRANSFORMERS]
+        outer = next(item for item in own if item is not None and getattr(item, "_orig_mod", item) is transformer)
+        return outer.register_forward_pre_hook(before_forward, with_kwargs=True)

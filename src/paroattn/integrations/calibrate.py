@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,16 +12,13 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK
 from paroattn.calibration.budget import CostStatistics, Selection, interpolate, select_by_cost
+from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.select import bucket_edges_by_change, select_plan
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import transformer_of
 from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
-from paroattn.integrations.descriptors import identify
 from paroattn.integrations.effects import measure_effects
 from paroattn.integrations.paper import collect_block_sums
-from paroattn.integrations.schedule import Schedule
 from paroattn.order import AXIS_ORDERS, candidate_orders
 from paroattn.plan import Plan, bucket_of
 from paroattn.quantize import Precision
@@ -42,6 +40,8 @@ def calibrate(
     block_q: int = BLOCK,
     order_names: tuple[str, ...] | None = None,
     int8_share: float = 0.25,
+    dense_steps: float = 0.0,
+    dense_layers: int = 0,
     criterion: OrderCriterion = OrderCriterion(),
     prompt_texts: Sequence[str] | None = None,
     progress: bool = True,
@@ -56,7 +56,7 @@ def calibrate(
     the largest block sums, one density for each layer and step. The same arguments give the same plan.
 
     Args:
-        pipe: a diffusers pipeline (Wan 2.1).
+        pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
         prompts: one or two are enough; each a string, or a mapping of pipeline arguments such as `prompt_embeds`.
         density: kept blocks over all blocks, in (0, 1], averaged over steps, layers and heads.
         precision: number format the plan asks for: "exact", "bf16", "int8", "int4" or a `Precision`.
@@ -68,6 +68,8 @@ def calibrate(
         order_names: candidate orders; default: all axis and tiled orders of the grid ("paper": the axis orders).
             ("FHW",) keeps the model's own order.
         int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most (method "cost").
+        dense_steps: share of the schedule, from its start, in which all blocks are computed (method "cost").
+        dense_layers: number of layers, from the first, that stay dense and exact (method "cost").
         criterion: parameters of the paper's choice of orders (method "paper").
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         progress: show a tqdm progress bar.
@@ -99,16 +101,18 @@ def calibrate(
         return select_plan(statistics[0], density=density, precision=parsed)
     if method != "cost":
         raise ValueError(f"method is {method!r}; expected 'cost' or 'paper'")
+    selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers)
     costs = collect_costs(
         pipe,
         prompts,
         densities=(density,),
         block_q=block_q,
         order_names=order_names,
+        dense_steps=dense_steps,
         int4="int4" in (parsed.qk, parsed.pv),
         **common,
     )
-    return select_by_cost(costs, density=density, precision=parsed, int8_share=int8_share)
+    return select_by_cost(costs, density=density, precision=parsed, selection=selection, int8_share=int8_share)
 
 
 def collect_costs(
@@ -120,6 +124,7 @@ def collect_costs(
     step_buckets: int = 10,
     block_q: int = BLOCK,
     order_names: tuple[str, ...] | None = None,
+    dense_steps: float = 0.0,
     int4: bool = False,
     effects: bool = True,
     prompt_texts: Sequence[str] | None = None,
@@ -137,18 +142,15 @@ def collect_costs(
     if step_buckets < 1:
         raise ValueError(f"step_buckets is {step_buckets}; expected at least 1")
     run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
-    identity = identify(transformer_of(pipe))
+    identity = run.identity
     shape = (identity.layers, identity.heads)
     names, chosen, changes = _choose_orders(run, shape, order_names, block_q, seed)
-    edges = bucket_edges_by_change(changes, step_buckets)
+    guard = math.ceil(dense_steps * run.num_steps - 1e-9)
+    edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
     costs = BlockCosts(len(edges), names, chosen, run.grid, block_q)
-
-    def add_up(
-        layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> None:
-        costs.add(bucket_of(edges, schedule.step, schedule.num_steps), layer, query, key, value, scale)
-
-    run.generate(add_up, "calibration 2/4, costs of blocks")
+    run.generate(
+        lambda call: costs.add(bucket_of(edges, call.step, call.num_steps), call), "calibration 2/4, costs of blocks"
+    )
     block_sums, block_costs, errors, norms = costs.means()
     statistics = CostStatistics(
         model=identity,
@@ -163,6 +165,7 @@ def collect_costs(
         norms=norms,
         weights=torch.ones_like(norms),
         int4_effects=torch.zeros(shape, dtype=torch.float64),
+        usage=run.usage(edges),
         provenance={
             **run.provenance("cost", prompt_texts),
             "scheduler": type(pipe.scheduler).__name__,
@@ -185,16 +188,14 @@ def _choose_orders(
     errors: list[OrderErrors] = []
     change: list[StepChange] = []
 
-    def compare(
-        layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> None:
+    def compare(call: AttentionCall) -> None:
         if not change:
-            candidates.append(candidate_orders(grid) if order_names is None else order_names)
-            errors.append(OrderErrors(*shape, grid, candidates[0], block_q, ORDER_ROW_SHARE, seed))
-            change.append(StepChange(*shape, grid, CHANGE_ROW_SHARE, seed))
-        change[0].add(schedule.step, layer, query, key, scale)
-        if len(candidates[0]) > 1 and schedule.step in spread(ORDER_STEPS, schedule.num_steps):
-            errors[0].add(layer, query, key, value, scale)
+            candidates.append(candidate_orders(run.grid) if order_names is None else order_names)
+            errors.append(OrderErrors(*shape, run.grid, candidates[0], block_q, ORDER_ROW_SHARE, seed))
+            change.append(StepChange(*shape, run.grid, CHANGE_ROW_SHARE, seed))
+        change[0].add(call)
+        if len(candidates[0]) > 1 and call.step in spread(ORDER_STEPS, call.num_steps):
+            errors[0].add(call)
 
     run.generate(compare, "calibration 1/4, token orders")
     used, index = torch.unique(errors[0].choose(), return_inverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,19 +11,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import paroattn
+from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import Attachment, transformer_of
+from paroattn.integrations.attach import Attachment
 from paroattn.integrations.descriptors import identify
 from paroattn.integrations.schedule import Schedule
+from paroattn.plan import bucket_of
 
 Prompt = str | Mapping[str, Any]
-Take = Callable[[int, Schedule, TokenGrid, Tensor, Tensor, Tensor, float], None]
-"""Called with layer, schedule, grid, query, key, value [B, N, H, D] and the scale of the logits."""
+Take = Callable[[AttentionCall], None]
 
 
 class CalibrationRun:
-    """Generates from all prompts with the model's own attention, handing every attention call to a function."""
+    """Generates from all prompts with the model's own attention, handing every attention call to a function.
+
+    Attributes:
+        identity: of the pipeline's transformers.
+        grid: the token grid, known once something was generated; its text tokens are the first prompt's.
+        num_steps: denoising steps of a generation, known then, too.
+    """
 
     grid: TokenGrid
     num_steps: int
@@ -41,44 +49,53 @@ class CalibrationRun:
         for density in densities:
             check_density(density)
         self.pipe = pipe
+        self.identity = identify(pipe)
         self._prompts = prompts
         self._densities = densities
         self._seed = seed
         self._call_arguments = call_arguments
         self._progress = progress
+        self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
+
+    def usage(self, edges: tuple[float, ...]) -> Tensor:
+        """Share of each step bucket's steps in which each layer was called, float32 [buckets, layers]."""
+        buckets = torch.tensor([bucket_of(edges, step, self.num_steps) for step in range(self.num_steps)])
+        calls = torch.zeros(len(edges), self.identity.layers)
+        for step, layer in self._called:
+            calls[buckets[step], layer] += 1
+        return calls / buckets.bincount(minlength=len(edges)).unsqueeze(1)
 
     def generate(self, take: Take, description: str) -> None:
-        layers = identify(transformer_of(self.pipe)).layers
         with self.bar(len(self._prompts), description, "prompt") as bar:
 
             def follow(schedule: Schedule) -> None:
                 bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
 
-            def check_grid(grid: TokenGrid) -> None:
-                if getattr(self, "grid", grid) != grid:
-                    raise ValueError(f"prompts give different token grids: {self.grid}, then {grid}")
-                for density in self._densities:
-                    check_reachable(density, grid)
-                self.grid = grid
-                self.num_steps = attachment.schedule.num_steps
-
-            def intercept(layer: int) -> Any:
-                def attend(
-                    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dense: Callable[[], Tensor]
-                ) -> Tensor:
-                    logit_scale = query.shape[-1] ** -0.5 if scale is None else scale
-                    take(layer, attachment.schedule, self.grid, query, key, value, logit_scale)
-                    return dense()
-
-                return attend
-
-            attachment = Attachment(self.pipe, [intercept(layer) for layer in range(layers)], check_grid, follow)
+            intercepts = [_Watcher(self, layer, take) for layer in range(self.identity.layers)]
+            attachment = Attachment(self.pipe, intercepts, self._check_grid, follow)
+            for intercept in intercepts:
+                intercept.schedule = attachment.schedule
             try:
                 for number in range(len(self._prompts)):
                     self.generate_one(number)
                     bar.update()
+                self.num_steps = attachment.schedule.num_steps
             finally:
                 attachment.remove()
+
+    def called(self, step: int, layer: int) -> None:
+        """Note a call, for `usage`."""
+        self._called.add((step, layer))
+
+    def _check_grid(self, grid: TokenGrid | None, hidden_states: Tensor) -> None:
+        if grid is None:
+            raise ValueError("a prompt's visual tokens are no single box of frames, height and width; use plain ones")
+        known: TokenGrid = getattr(self, "grid", grid)
+        if replace(known, text_tokens=grid.text_tokens) != grid:
+            raise ValueError(f"prompts give different token grids: {known}, then {grid}")
+        for density in self._densities:
+            check_reachable(density, known)
+        self.grid = known
 
     def generate_one(self, number: int) -> Tensor:
         """Generate from one prompt with whatever the pipeline has attached; returns the final latents."""
@@ -111,3 +128,42 @@ def spread(count: int, total: int) -> list[int]:
         [1, 3, 5]
     """
     return sorted({(2 * part + 1) * total // (2 * count) for part in range(count)})
+
+
+class _Watcher:
+    """The intercept of one layer that hands each call on and leaves it to the model."""
+
+    schedule: Schedule
+
+    def __init__(self, run: CalibrationRun, layer: int, take: Take):
+        self._run = run
+        self._layer = layer
+        self._take = take
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None,
+        scale: float | None,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        text = query.shape[1] - self._run.grid.visual_tokens
+        if key.shape[1] == query.shape[1] and text >= 0:
+            self._run.called(self.schedule.step, self._layer)
+            self._take(
+                AttentionCall(
+                    layer=self._layer,
+                    step=self.schedule.step,
+                    num_steps=self.schedule.num_steps,
+                    grid=replace(self._run.grid, text_tokens=text),
+                    query=query.detach(),
+                    key=key.detach(),
+                    value=value.detach(),
+                    key_mask=key_mask,
+                    scale=query.shape[-1] ** -0.5 if scale is None else scale,
+                )
+            )
+        return dense()

@@ -1,4 +1,7 @@
-"""Models described as data: where their self-attention is and how their token grid is found."""
+"""Models described as data: where their self-attention is, where text stands and how their token grid is found.
+
+A new model is a new entry of `DESCRIPTORS` (docs/models.md shows one).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,19 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Attributes of pipelines that hold the transformers which denoise, in the order in which they run."""
+
+Box = tuple[int, int, int]
+"""Frames, height and width in tokens."""
 
 
 @dataclass(frozen=True)
@@ -21,20 +31,89 @@ class ModelDescriptor:
 
     Attributes:
         self_attention: regular expressions of module names, in the order of the layers; group 1 is the block number.
-        grid: the token grid from the model's config and the keyword arguments of a forward call.
+        box: frames, height and width in tokens, from the model's config and the arguments of a forward call; None if
+            the visual tokens are no single box.
+        text: whether text tokens stand before ("prefix") or after ("suffix") the visual ones in self-attention, or
+            None if they take no part in it.
+        box_from_values: `box` reads values of tensors, not only their shapes; within compiled code it is not asked.
     """
 
     self_attention: tuple[str, ...]
-    grid: Callable[[Any, Mapping[str, Any]], TokenGrid]
+    box: Callable[[Any, Mapping[str, Any]], Box | None]
+    text: Literal["prefix", "suffix"] | None = None
+    box_from_values: bool = False
+
+    def grid(self, config: Any, arguments: Mapping[str, Any]) -> TokenGrid | None:
+        """The token grid of a forward call, or None if its visual tokens are no single box."""
+        box = self.box(config, arguments)
+        if box is None or self.text is None:
+            return None if box is None else TokenGrid(*box)
+        return TokenGrid(*box, arguments["encoder_hidden_states"].shape[1], self.text)
 
 
-def _wan_grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
-    latents: Tensor = arguments["hidden_states"]  # [B, C, F, H, W]
-    return TokenGrid(*(size // patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True)))
+def latents(*dimensions: int) -> Callable[[Any, Mapping[str, Any]], Box]:
+    """The box from the shape of latents: which dimensions of `hidden_states` are (frames,) height and width."""
+
+    def box(config: Any, arguments: Mapping[str, Any]) -> Box:
+        patch = config.patch_size
+        if isinstance(patch, int):
+            patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
+        shape = arguments["hidden_states"].shape
+        *frames, height, width = (shape[dimension] for dimension in dimensions)
+        return (frames[0] // patch[0] if frames else 1), height // patch[1], width // patch[2]
+
+    return box
+
+
+def _sizes_as_arguments(config: Any, arguments: Mapping[str, Any]) -> Box | None:
+    frames, height, width = (arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
+    whole = arguments["hidden_states"].shape[1] == frames * height * width
+    return (frames, height, width) if whole else None  # LTXConditionPipeline appends tokens of its conditions
+
+
+def _image_shapes(config: Any, arguments: Mapping[str, Any]) -> Box | None:
+    first = arguments["img_shapes"][0]
+    shapes = [first] if isinstance(first[0], int) else list(first)
+    if len(shapes) != 1:
+        return None  # Qwen-Image-Edit appends images
+    frames, height, width = shapes[0]
+    return frames, height, width
+
+
+def _position_ids(config: Any, arguments: Mapping[str, Any]) -> Box | None:
+    ids: Tensor = arguments["img_ids"]
+    ids = (ids[0] if ids.ndim == 3 else ids).long()
+    height, width = (ids[:, 1:3].amax(0) + 1).tolist()
+    row_major = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(ids.device)
+    whole = len(ids) == height * width and not bool(ids[:, 0].any()) and bool((ids[:, 1:3] == row_major).all())
+    return (1, height, width) if whole else None  # Flux Kontext appends images, whose first id is not 0
 
 
 DESCRIPTORS = {
-    "WanTransformer3DModel": ModelDescriptor(self_attention=(r"blocks\.(\d+)\.attn1",), grid=_wan_grid),
+    "WanTransformer3DModel": ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4)),
+    "WanVACETransformer3DModel": ModelDescriptor(
+        (r"blocks\.(\d+)\.attn1", r"vace_blocks\.(\d+)\.attn1"), latents(2, 3, 4)
+    ),
+    "CogVideoXTransformer3DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix"
+    ),
+    "HunyuanVideoTransformer3DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn"),
+        latents(2, 3, 4),
+        text="suffix",
+    ),
+    "LTXVideoTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _sizes_as_arguments),
+    "MochiTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), text="suffix"),
+    "FluxTransformer2DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn"),
+        _position_ids,
+        text="prefix",
+        box_from_values=True,
+    ),
+    "QwenImageTransformer2DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix"),
+    "SD3Transformer2DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn", r"transformer_blocks\.(\d+)\.attn2"), latents(2, 3), text="suffix"
+    ),
 }
 
 
@@ -46,10 +125,24 @@ def describe(transformer: nn.Module) -> ModelDescriptor:
     return DESCRIPTORS[name]
 
 
-def attention_modules(transformer: nn.Module, descriptor: ModelDescriptor) -> list[nn.Module]:
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """The transformers of a diffusers pipeline that denoise, in the order in which they run, or `ValueError`.
+
+    Wan 2.2 has two. A transformer that was compiled is given as it was before.
+    """
+    found = [getattr(pipe, name, None) for name in TRANSFORMERS]
+    transformers = [getattr(item, "_orig_mod", item) for item in found if isinstance(item, nn.Module)]
+    if not transformers or getattr(pipe, "scheduler", None) is None:
+        raise ValueError(
+            f"pipe is a {type(pipe).__name__}; expected a diffusers pipeline with transformer and scheduler"
+        )
+    return transformers
+
+
+def attention_modules(transformer: nn.Module) -> list[Any]:
     """The self-attention modules of a transformer, in the order of its layers."""
     found = []
-    for rank, pattern in enumerate(descriptor.self_attention):
+    for rank, pattern in enumerate(describe(transformer).self_attention):
         for name, module in transformer.named_modules():
             match = re.fullmatch(pattern, name)
             if match:
@@ -57,16 +150,21 @@ def attention_modules(transformer: nn.Module, descriptor: ModelDescriptor) -> li
     return [module for _, _, module in sorted(found, key=lambda item: item[:2])]
 
 
-def identify(transformer: nn.Module) -> ModelIdentity:
-    """The identity that plans are checked against; weights do not count, so fine-tunes can share plans."""
-    descriptor = describe(transformer)
-    config: Any = transformer.config
-    public = {key: value for key, value in dict(config).items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
+def identify(pipe: Any) -> ModelIdentity:
+    """The identity that plans are checked against; weights do not count, so fine-tunes can share plans.
+
+    The layers of a second transformer follow those of the first.
+    """
+    transformers = transformers_of(pipe)
+    layers = sum(len(attention_modules(transformer)) for transformer in transformers)
+    configs: list[Any] = [transformer.config for transformer in transformers]
+    public = [{key: value for key, value in dict(config).items() if not key.startswith("_")} for config in configs]
+    # The configs of two transformers are listed, the one of a single transformer stands alone.
+    described = json.dumps(public[0] if len(public) == 1 else public, sort_keys=True, default=str)
     return ModelIdentity(
-        class_name=type(transformer).__name__,
-        config_hash=digest,
-        layers=len(attention_modules(transformer, descriptor)),
-        heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
+        class_name=type(transformers[0]).__name__,
+        config_hash=hashlib.sha256(described.encode()).hexdigest(),
+        layers=layers,
+        heads=configs[0].num_attention_heads,
+        head_dim=configs[0].attention_head_dim,
     )

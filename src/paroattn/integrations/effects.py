@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.integrations.apply import apply
-from paroattn.integrations.attach import Attachment, transformer_of
+from paroattn.integrations.attach import Attachment
 from paroattn.integrations.calibration_run import CalibrationRun, spread
+from paroattn.integrations.descriptors import transformers_of
+from paroattn.integrations.operators import Operators
 from paroattn.integrations.schedule import Schedule
-from paroattn.ops import PreparedAttention, prepare
-from paroattn.plan import LayerPlan, Plan
+from paroattn.plan import Plan
 from paroattn.quantize import Precision
 
 COTANGENTS = 2  # backward passes per recorded call; each averages over all elements of a head's output
@@ -60,13 +61,13 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
         steps_of[draft.bucket_of(step, run.num_steps)].append(step)
     steps = [own[len(own) // 2] for own in steps_of]
     counts = [len(own) for own in steps_of]
-    reference, inputs = _generate_recording(run, steps)
+    reference, calls = _generate_recording(run, steps)
     generator = torch.Generator().manual_seed(seed)
     found, rounding = [], []
     with run.bar(draft.buckets, "calibration 3/4, effect of heads", "step") as bar:
         for bucket in range(draft.buckets):
             probe = _HeadProbe(run.pipe, draft, bucket, int4)
-            measured = [probe.measure(arguments, generator) for arguments in inputs[steps[bucket]]]
+            measured = [probe.measure(call, generator) for call in calls[steps[bucket]]]
             sensitivity, rounded = (torch.stack(parts).mean(0) for parts in zip(*measured, strict=True))
             found.append(sensitivity)
             rounding.append(rounded)
@@ -78,92 +79,131 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
     return Effects(weights, int4=(torch.stack(rounding) * weights * steps_per_bucket).sum(0))
 
 
-def _generate_recording(run: CalibrationRun, steps: Sequence[int]) -> tuple[Tensor, dict[int, list[dict[str, Any]]]]:
-    """Final latents of the first prompt, and the transformer's arguments at some steps (two calls under guidance)."""
-    transformer = transformer_of(run.pipe)
-    inputs: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}
+@dataclass(frozen=True, eq=False)
+class _ForwardCall:
+    """A forward call of a transformer, to be repeated."""
+
+    transformer: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+    def __call__(self) -> Tensor:
+        return self.transformer(*self.args, **self.kwargs)[0]
+
+
+def _generate_recording(run: CalibrationRun, steps: Sequence[int]) -> tuple[Tensor, dict[int, list[_ForwardCall]]]:
+    """Final latents of the first prompt, and the forward calls at some steps (two under guidance)."""
+    calls: dict[int, list[_ForwardCall]] = {step: [] for step in steps}
     schedule = Schedule(run.pipe.scheduler, lambda _: None)
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if schedule.step in inputs:
-            inputs[schedule.step].append({"args": args, "kwargs": kwargs})
+        if schedule.step in calls:
+            calls[schedule.step].append(_ForwardCall(module, args, kwargs))
 
-    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    transformers = transformers_of(run.pipe)
+    hooks = [transformer.register_forward_pre_hook(record, with_kwargs=True) for transformer in transformers]
     try:
-        return run.generate_one(0), inputs
+        return run.generate_one(0), calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         schedule.remove()
 
 
 class _HeadProbe:
-    """Backward passes through the transformer at one step bucket."""
+    """Backward passes through a transformer at one step bucket."""
 
     def __init__(self, pipe: Any, draft: Plan, bucket: int, int4: bool):
         self._pipe = pipe
-        self._bucket = bucket
-        self._layers = [draft.layer(index) for index in range(draft.model.layers)]
-        self._int4 = int4
+        self._shape = (draft.model.layers, draft.model.heads)
+        self._operators = self._int4_operators = None
+        if int4:
+            in_int4 = replace(draft, precisions=(Precision("int4", "int4"),) * len(draft.precisions))
+            self._operators, self._int4_operators = Operators(draft, [], "auto"), Operators(in_int4, [], "auto")
+            self._operators.show(bucket)
+            self._int4_operators.show(bucket)
 
-    def measure(self, arguments: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def measure(self, forward: _ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """For one recorded call: squared change of the model's output per squared error of a head's output, and the
-        squared error of a head in INT4 (zero if not asked for); each [layers, heads] float64.
+        squared error of a head in INT4 (zero if not asked for); each [layers, heads] float64, zero for layers that are
+        not called.
         """
-        transformer = transformer_of(self._pipe)
-        touched: list[Tensor] = []  # zeros added to each layer's attention, whose gradient is wanted
-        rounding: list[Tensor] = []
+        layers: list[int] = []
+        touched: list[Tensor] = []  # zeros added to each call's attention, whose gradient is wanted
+        rounding = torch.zeros(self._shape, dtype=torch.float64)
 
-        def intercept(layer_plan: LayerPlan) -> Any:
+        def intercept(layer: int) -> Any:
             def attend(
-                query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dense: Callable[[], Tensor]
+                query: Tensor,
+                key: Tensor,
+                value: Tensor,
+                *,
+                key_mask: Tensor | None,
+                scale: float | None,
+                dense: Callable[[], Tensor],
             ) -> Tensor:
                 output = dense()
-                if self._int4:
-                    rounding.append(self._int4_error(layer_plan, (query, key, value), scale))
-                touched.append(torch.zeros_like(output, requires_grad=True))
-                return output + touched[-1]
+                if key.shape[1] != query.shape[1]:
+                    return output
+                zeros = torch.zeros_like(output, requires_grad=True)
+                if not backward_began:  # with gradient checkpointing, forward code runs again in the backward pass
+                    layers.append(layer)
+                    touched.append(zeros)
+                    rounding[layer] += self._int4_error(layer, (query, key, value), key_mask, scale)
+                return output + zeros
 
             return attend
 
+        backward_began: list[bool] = []
         attachment = Attachment(
-            self._pipe, [intercept(layer) for layer in self._layers], lambda grid: None, lambda schedule: None
+            self._pipe,
+            [intercept(layer) for layer in range(self._shape[0])],
+            lambda grid, hidden_states: None,
+            lambda schedule: None,
         )
+        totals, elements = torch.zeros(self._shape, dtype=torch.float64), torch.zeros(self._shape[0], 1)
         try:
-            with _without_weight_gradients(transformer), torch.enable_grad():
-                output = transformer(*arguments["args"], **arguments["kwargs"])[0]
-                totals = torch.zeros(len(touched), touched[0].shape[2], dtype=torch.float64)
+            with _for_gradients(forward.transformer), torch.enable_grad():
+                output = forward()
+                backward_began.append(True)
                 for number in range(COTANGENTS):
                     cotangent = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
                     gradients = torch.autograd.grad(output, touched, cotangent, retain_graph=number < COTANGENTS - 1)
-                    for layer, gradient in enumerate(gradients):
+                    for layer, gradient in zip(layers, gradients, strict=True):
                         totals[layer] += gradient.double().square().sum((0, 1, 3)).cpu()
+                        elements[layer] += gradient[:, :, 0].numel()
         finally:
             attachment.remove()
-        batch, tokens, _, head_dim = touched[0].shape
-        return totals / (COTANGENTS * batch * tokens * head_dim), torch.stack(rounding) if rounding else 0 * totals
+        return totals / elements.clamp(min=1), rounding
 
     @torch.no_grad()
-    def _int4_error(self, layer_plan: LayerPlan, tensors: tuple[Tensor, ...], scale: float | None) -> Tensor:
+    def _int4_error(
+        self, layer: int, tensors: tuple[Tensor, ...], key_mask: Tensor | None, scale: float | None
+    ) -> Tensor:
         """Squared difference of INT4 to the plan's own precision, per sample, float64 [heads]."""
-        rounded = replace(layer_plan, precisions=(Precision("int4", "int4"),) * layer_plan.heads)
-        exact, in_int4 = (self._run(plan, tensors, scale) for plan in (layer_plan, rounded))
-        return (in_int4 - exact).double().square().sum((0, 1, 3)).cpu() / len(exact)
-
-    def _run(self, layer_plan: LayerPlan, tensors: tuple[Tensor, ...], scale: float | None) -> Tensor:
-        query, key, value = tensors
-        op: PreparedAttention = prepare(layer_plan, device=query.device, dtype=query.dtype, scale=scale)
-        return op(query, key, value, step=torch.tensor(self._bucket, device=query.device))
+        if self._operators is None or self._int4_operators is None:
+            return torch.zeros(self._shape[1], dtype=torch.float64)
+        outputs = []
+        for operators in (self._operators, self._int4_operators):
+            ready = operators.ready(layer, tensors[0].device, tensors[0].dtype, scale)
+            outputs.append(ready.call(*tensors, step=ready.bucket, key_mask=key_mask).double())
+        return (outputs[1] - outputs[0]).square().sum((0, 1, 3)).cpu() / len(tensors[0])
 
 
 @contextmanager
-def _without_weight_gradients(module: nn.Module) -> Any:
-    """Autograd then keeps nothing for the weights."""
+def _for_gradients(module: Any) -> Any:
+    """Autograd then keeps nothing for the weights and, on a GPU, where memory is short, nothing inside the blocks."""
+    checkpoint = next(module.parameters()).device.type == "cuda" and not module.is_gradient_checkpointing
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
+    if checkpoint:
+        module.enable_gradient_checkpointing()
     try:
         yield
     finally:
+        if checkpoint:
+            module.disable_gradient_checkpointing()
         for parameter in wanted:
             parameter.requires_grad_(True)
 

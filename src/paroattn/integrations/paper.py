@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockSums, OrderScores
 from paroattn.calibration.select import CalibrationStatistics, choose_orders, step_bucket_edges
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import transformer_of
 from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
-from paroattn.integrations.descriptors import identify
-from paroattn.integrations.schedule import Schedule
 from paroattn.order import AXIS_ORDERS
 from paroattn.plan import bucket_of
 
@@ -46,18 +42,16 @@ def collect_block_sums(
         Statistics in the chosen orders, then in each of the fixed ones.
     """
     run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
-    identity = identify(transformer_of(pipe))
+    identity = run.identity
 
     scores: list[OrderScores] = []
 
-    def score(
-        layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> None:
+    def score(call: AttentionCall) -> None:
         if not scores:
             shape = (identity.layers, identity.heads)
-            scores.append(OrderScores(*shape, grid, order_names, criterion, ORDER_ROW_SHARE, seed))
-        if schedule.step in spread(ORDER_STEPS, schedule.num_steps):
-            scores[0].add(layer, query, key, scale)
+            scores.append(OrderScores(*shape, run.grid, order_names, criterion, ORDER_ROW_SHARE, seed))
+        if call.step in spread(ORDER_STEPS, call.num_steps):
+            scores[0].add(call)
 
     if len(order_names) > 1:
         run.generate(score, "calibration 1/2, token orders")
@@ -69,14 +63,11 @@ def collect_block_sums(
     sums: list[BlockSums] = []
     edges: list[tuple[float, ...]] = []
 
-    def add_up(
-        layer: int, schedule: Schedule, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> None:
+    def add_up(call: AttentionCall) -> None:
         if not sums:
-            edges.append(step_bucket_edges(schedule.num_steps, step_buckets))
-            sums.append(BlockSums(len(edges[0]), choices, grid))
-        bucket = bucket_of(edges[0], schedule.step, schedule.num_steps)
-        sums[0].add(bucket, layer, query, key, scale)
+            edges.append(step_bucket_edges(call.num_steps, step_buckets))
+            sums.append(BlockSums(len(edges[0]), choices, run.grid))
+        sums[0].add(bucket_of(edges[0], call.step, call.num_steps), call)
 
     run.generate(add_up, "calibration 2/2, block sums")
     provenance = {
@@ -95,6 +86,7 @@ def collect_block_sums(
             order_index=index,
             bucket_edges=edges[0],
             block_sums=block_sums,
+            usage=run.usage(edges[0]),
             provenance=provenance,
         )
         for (names, index), block_sums in zip(choices, sums[0].means(), strict=True)

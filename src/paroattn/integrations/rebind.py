@@ -1,106 +1,187 @@
 """Rebinding a model's own attention processor, so that only the attention call itself is replaced.
 
-Projections, norms, RoPE and the output split stay upstream's code: the processor's `__call__` runs the same code
-object, with `dispatch_attention_fn` exchanged in a copy of its globals. Nothing global is changed or registered.
+Projections, norms, RoPE and the output split stay upstream's code: the processor's `__call__` is compiled once more
+from its source with the call of attention redirected to the processor itself. Nothing global is changed or registered,
+and what a layer needs rides on its processor, so that pipelines and threads do not meet.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
+import inspect
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 
 class Intercept(Protocol):
-    """Takes the place of one layer's attention; tensors are [B, N, H, D], `dense` is the model's own attention."""
+    """Takes the place of one layer's attention.
+
+    Tensors are [B, N, H, D]; key_mask is bool [B, N], False for keys to ignore, or None; `dense` is the model's own
+    attention. Cross-attention of the same processor (an IP-adapter's) arrives too: its keys are not as many as its
+    queries.
+    """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dense: Callable[[], Tensor]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None,
+        scale: float | None,
+        dense: Callable[[], Tensor],
     ) -> Tensor: ...
-
-
-class _Slot:
-    """Rides in the processor's `_attention_backend`, the one value that it hands to its attention call."""
-
-    def __init__(self, intercept: Intercept, chosen_backend: Any):
-        self.intercept = intercept
-        self.chosen_backend = chosen_backend
 
 
 def rebind(processor: Any, intercept: Intercept) -> Any:
     """A copy of a diffusers attention processor whose attention call goes to `intercept`."""
-    slot = _Slot(intercept, getattr(processor, "_attention_backend", None))
     rebound = copy.copy(processor)
-    rebound.__class__ = _rebound_class(type(processor))  # type: ignore[arg-type]
-    rebound.__dict__.pop("_attention_backend", None)
-    rebound.__dict__["_paroattn_slot"] = slot
+    processor_class: Any = type(processor)
+    rebound.__class__ = _rebound_class(processor_class)
+    rebound._paroattn_intercept = intercept
     return rebound
 
 
+def is_rebound(processor: Any) -> bool:
+    return isinstance(processor, _Redirected)
+
+
+class _Redirected:
+    """What rebound processor classes get besides their own: the targets of the redirected calls."""
+
+    _paroattn_intercept: Intercept
+
+    def _paroattn_dispatch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        """In place of `dispatch_attention_fn`, tensors [B, N, H, D]."""
+        if parallel_config is not None:
+            raise ValueError(
+                "paroattn does not run under context parallelism; call remove() on its handle, or disable parallelism"
+            )
+
+        def dense() -> Tensor:
+            return dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                attention_kwargs=attention_kwargs,
+                backend=backend,
+            )
+
+        if is_causal or not _hides_keys_only(attn_mask, key):
+            return dense()
+        key_mask = None if attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
+        return self._paroattn_intercept(query, key, value, key_mask=key_mask, scale=scale, dense=dense)
+
+    def _paroattn_sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """In place of `torch.nn.functional.scaled_dot_product_attention`, tensors [B, H, N, D]."""
+
+        def dense() -> Tensor:
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            return output.transpose(1, 2)
+
+        if is_causal or attn_mask is not None:
+            return dense().transpose(1, 2)
+        heads_last = (x.transpose(1, 2) for x in (query, key, value))
+        return self._paroattn_intercept(*heads_last, key_mask=None, scale=scale, dense=dense).transpose(1, 2)
+
+
+def _hides_keys_only(attn_mask: Tensor | None, key: Tensor) -> bool:
+    """Whether a mask is None or bool [B or 1, 1, 1, N]: the same for all queries and heads."""
+    if attn_mask is None:
+        return True
+    return attn_mask.dtype == torch.bool and attn_mask.ndim == 4 and attn_mask.shape[1:] == (1, 1, key.shape[1])
+
+
 @functools.lru_cache
-def _rebound_class(processor_class: Any) -> type:
-    original: Any = processor_class.__call__
-    if "dispatch_attention_fn" not in original.__code__.co_names:
-        raise ValueError(f"attention processor {processor_class.__name__} does not call dispatch_attention_fn")
-    # Without __name__, torch.compile cannot resolve these globals through the original module.
-    namespace = {name: value for name, value in original.__globals__.items() if name != "__name__"}
-    namespace["dispatch_attention_fn"] = _dispatch
-    call = types.FunctionType(
-        original.__code__,
-        namespace,
-        original.__name__,
-        original.__defaults__,
-        original.__closure__,
-    )
-    call.__kwdefaults__ = original.__kwdefaults__
-    members = {"__call__": call, "_attention_backend": property(_get_slot, _choose_backend)}
-    return type(f"Paro{processor_class.__name__}", (processor_class,), members)
+def _rebound_class(processor_class: type) -> type:
+    call = _redirected_call(processor_class)
+    return type(f"Paro{processor_class.__name__}", (_Redirected, processor_class), {"__call__": call})
 
 
-def _get_slot(processor: Any) -> _Slot:
-    return processor.__dict__["_paroattn_slot"]
-
-
-def _choose_backend(processor: Any, backend: Any) -> None:
-    """`set_attention_backend` on an applied model: keeps the choice for calls that stay dense."""
-    processor.__dict__["_paroattn_slot"].chosen_backend = backend
-
-
-def _dispatch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    attention_kwargs: dict[str, Any] | None = None,
-    *,
-    backend: _Slot,
-    parallel_config: Any = None,
-) -> Tensor:
-    if attn_mask is not None or is_causal or parallel_config is not None:
+def _redirected_call(processor_class: Any) -> types.FunctionType:
+    """The class's `__call__`, compiled from its source with the calls of attention redirected to methods of `self`."""
+    original = processor_class.__call__
+    lines, first_line = inspect.getsourcelines(original)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    redirect = _RedirectAttention()
+    tree = ast.fix_missing_locations(redirect.visit(tree))
+    if not redirect.redirected:
         raise ValueError(
-            "self-attention was called with a mask, causal, or under context parallelism, which plans do not cover; "
-            "call remove() on the handle to run the model without paroattn"
+            f"attention processor {processor_class.__name__} calls neither dispatch_attention_fn nor "
+            "F.scaled_dot_product_attention; paroattn cannot take over its attention"
         )
+    ast.increment_lineno(tree, first_line - 1)  # tracebacks show upstream's lines
+    module = compile(tree, inspect.getsourcefile(original) or processor_class.__name__, "exec")
+    code = next(item for item in module.co_consts if isinstance(item, types.CodeType))
+    call = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
+    call.__kwdefaults__ = original.__kwdefaults__
+    return call
 
-    def dense() -> Tensor:
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            dropout_p=dropout_p,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            attention_kwargs=attention_kwargs,
-            backend=backend.chosen_backend,
-        )
 
-    return backend.intercept(query, key, value, scale=scale, dense=dense)
+_REDIRECTED = {
+    "dispatch_attention_fn": _Redirected._paroattn_dispatch.__name__,
+    "F.scaled_dot_product_attention": _Redirected._paroattn_sdpa.__name__,
+}
+
+
+class _RedirectAttention(ast.NodeTransformer):
+    def __init__(self) -> None:
+        self.redirected = False
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list = []
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        method = _REDIRECTED.get(ast.unparse(node.func))
+        if method:
+            self.redirected = True
+            node.func = ast.Attribute(ast.Name("self", ast.Load()), method, ast.Load())
+        return node

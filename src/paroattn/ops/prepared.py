@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BlockMask, block_count, unpack_bits
+from paroattn.grid import TokenGrid
 from paroattn.ops.attention import TensorLayout, check_layout, check_tensors, checked_scale
 from paroattn.ops.backend import Backend, choose_backend
+from paroattn.ops.text_tokens import masks_for, orders_for
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
+from paroattn.quantize import Precision
 
 
 def prepare(
@@ -42,11 +45,16 @@ def prepare(
         >>> op(query, query, query, step=torch.tensor(0)).shape
         torch.Size([1, 100, 2, 64])
     """
+    _check_parts(layer_plan)
     return PreparedAttention(layer_plan, torch.device(device), dtype, tensor_layout, scale, backend)
 
 
 class PreparedAttention:
-    """The operator that `prepare` returns."""
+    """The operator that `prepare` returns; made directly of a layer of a `Plan`, whose parts are known to fit.
+
+    A mask table without an index holds the masks of the current step: whoever made it changes it in place. In compiled
+    code each call is one opaque node.
+    """
 
     def __init__(
         self,
@@ -58,20 +66,25 @@ class PreparedAttention:
         backend: str,
     ):
         check_layout(tensor_layout)
-        _check_parts(layer_plan)
+        choose_for_layer(backend, layer_plan, device)
         self.layer_plan = layer_plan
+        self.device = device
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._backend = choose_for_layer(backend, layer_plan, device)
-        permutation = _moved(layer_plan.permutation, device)
-        if permutation is not None:
-            permutation = permutation.to(torch.int32).expand(layer_plan.heads, -1)
-        self._permutation = permutation
+        self._backend = backend
+        self._orders = _moved(layer_plan.orders, device, torch.int32)
+        self._order_index = _moved(layer_plan.order_index, device, torch.int32)
         self._mask_table = _moved(layer_plan.mask_table, device)
         self._mask_index = _moved(layer_plan.mask_index, device)
         compensates = layer_plan.compensate is not None and bool(layer_plan.compensate.any())
         self._compensate = _moved(layer_plan.compensate, device) if compensates else None
+        self._precisions = ",".join(map(str, layer_plan.precisions))
+        grid = layer_plan.grid
+        # As an operator takes them: frames, height and width do not matter here.
+        self._tokens = [-1, 0, 0] if layer_plan.tokens is None else [layer_plan.tokens, 0, 0]
+        if grid is not None:
+            self._tokens = [grid.visual_tokens, grid.text_tokens, 1 if grid.text_position == "prefix" else 2]
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, step: Tensor, key_mask: Tensor | None = None
@@ -87,43 +100,94 @@ class PreparedAttention:
         Returns:
             The output, shaped like query.
         """
+        if query.dtype != self.dtype:
+            raise ValueError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
         if self.tensor_layout == "NHD":
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        check_tensors(query, key, value, key_mask)
-        self._check_shape(query)
         plan = self.layer_plan
-        block_mask = compensate = None
-        bucket = step.reshape(1).long()
-        # index_select reads the step on the device; indexing would ask for its value here.
-        if self._mask_table is not None and self._mask_index is not None:
-            masks = self._mask_index.index_select(0, bucket)[0]
-            bits = self._mask_table.index_select(0, masks.long())
-            block_mask = BlockMask(bits, query.shape[2], plan.block_q, plan.block_kv)
-        if self._compensate is not None:
-            compensate = self._compensate.index_select(0, bucket)[0]
-        output, _ = self._backend.attend(
+        attend = planned_attention if torch.compiler.is_compiling() else _attend
+        output = attend(
             query,
             key,
             value,
-            permutation=self._permutation,
-            block_mask=block_mask,
-            precisions=plan.precisions,
-            compensate=compensate,
-            key_mask=key_mask,
-            scale=checked_scale(self.scale, query.shape[3]),
+            step,
+            key_mask,
+            self._orders,
+            self._order_index,
+            self._mask_table,
+            self._mask_index,
+            self._compensate,
+            self._tokens,
+            [plan.block_q, plan.block_kv],
+            self._precisions,
+            self.scale,
+            self._backend,
         )
         return output.transpose(1, 2) if self.tensor_layout == "NHD" else output
 
-    def _check_shape(self, query: Tensor) -> None:
-        plan = self.layer_plan
-        if query.dtype != self.dtype:
-            raise ValueError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
-        if query.shape[1] != plan.heads or (plan.tokens is not None and query.shape[2] != plan.tokens):
-            expected = "any number of" if plan.tokens is None else f"{plan.tokens:,}"
-            raise ValueError(
-                f"query has {query.shape[1]} heads and {query.shape[2]:,} tokens; this operator was prepared for "
-                f"{plan.heads} heads and {expected} tokens"
-            )
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    key_mask: Tensor | None,
+    orders: Tensor | None,
+    order_index: Tensor | None,
+    mask_table: Tensor | None,
+    mask_index: Tensor | None,
+    compensate: Tensor | None,
+    planned_tokens: list[int],
+    block_shape: list[int],
+    precisions: str,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """A planned call in types that operators may take, query, key, value [B, H, N, D].
+
+    planned_tokens: [N or -1 for any, 0, 0], or with a grid [visual tokens, text tokens, 1 (prefix) or 2 (suffix)]:
+    then a call may have any number of text tokens. Tables and indices as in `LayerPlan`; precisions with commas.
+    """
+    check_tensors(query, key, value, key_mask)
+    chosen = [Precision.parse(item) for item in precisions.split(",")]
+    _check_shape(query, len(chosen), planned_tokens)
+    tokens = query.shape[2]
+    block_mask = None
+    bucket = step.reshape(1).long()
+    # index_select reads the step on the device; indexing would ask for its value here.
+    if mask_table is not None:
+        if mask_index is not None:
+            mask_table = mask_table.index_select(0, mask_index.index_select(0, bucket)[0])
+        block_mask = BlockMask(mask_table, tokens, *block_shape)
+    if compensate is not None:
+        compensate = compensate.index_select(0, bucket)[0]
+    if orders is not None and order_index is not None:
+        orders = orders.index_select(0, order_index)
+    if planned_tokens[2]:
+        visual, text, position = planned_tokens
+        grid = TokenGrid(1, 1, visual, text, "prefix" if position == 1 else "suffix")
+        orders = None if orders is None else orders_for(orders, grid, tokens - visual)
+        if mask_table is not None:
+            block_mask = BlockMask(masks_for(mask_table, grid, tokens - visual, *block_shape), tokens, *block_shape)
+    return choose_backend(backend, chosen, device=query.device, block_shape=(block_shape[0], block_shape[1])).attend(
+        query,
+        key,
+        value,
+        permutation=None if orders is None else orders.expand(len(chosen), -1),
+        block_mask=block_mask,
+        precisions=chosen,
+        compensate=compensate,
+        key_mask=key_mask,
+        scale=checked_scale(scale, query.shape[3]),
+    )[0]
+
+
+planned_attention = torch.library.custom_op("paroattn::planned_attention", _attend, mutates_args=())
+
+
+@planned_attention.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(query)
 
 
 def choose_for_layer(name: str, layer_plan: LayerPlan, device: torch.device | None = None) -> Backend:
@@ -136,28 +200,49 @@ def choose_for_layer(name: str, layer_plan: LayerPlan, device: torch.device | No
     )
 
 
+def _check_shape(query: Tensor, heads: int, planned_tokens: list[int]) -> None:
+    tokens, _, with_text = planned_tokens
+    fits = tokens in (-1, query.shape[2]) or (with_text and query.shape[2] > tokens)
+    if query.shape[1] != heads or not fits:
+        expected = "any number of" if tokens == -1 else f"{'at least ' if with_text else ''}{tokens:,}"
+        raise ValueError(
+            f"query has {query.shape[1]} heads and {query.shape[2]:,} tokens; this operator was prepared for "
+            f"{heads} heads and {expected} tokens"
+        )
+
+
 def _check_parts(plan: LayerPlan) -> None:
     """Raise `ValueError` naming a part of the layer plan that does not fit the others."""
-    if plan.permutation is not None:
-        check_permutation(plan.permutation, plan.heads, plan.tokens or plan.permutation.shape[-1])
-    if plan.mask_table is None or plan.mask_index is None or plan.tokens is None:
+    if plan.orders is not None:
+        if plan.order_index is not None:
+            _check_index("order_index", plan.order_index, (plan.heads,), len(plan.orders))
+        heads = plan.heads if plan.order_index is None else len(plan.orders)
+        check_permutation(plan.orders, heads, plan.tokens or plan.orders.shape[-1])
+    if plan.mask_table is None or plan.tokens is None:
         return
     rows, columns = block_count(plan.tokens, plan.block_q), block_count(plan.tokens, plan.block_kv)
-    if tuple(plan.mask_table.shape[1:]) != (rows, -(-columns // 8)):
+    masks = plan.heads if plan.mask_index is None else len(plan.mask_table)
+    if tuple(plan.mask_table.shape) != (masks, rows, -(-columns // 8)):
         raise ValueError(
             f"mask_table is {list(plan.mask_table.shape)}; expected [masks, {rows}, {-(-columns // 8)}] "
             f"for {plan.tokens} tokens"
         )
     BlockMask.from_dense(unpack_bits(plan.mask_table, columns), plan.tokens, plan.block_q, plan.block_kv)
-    buckets, masks = len(plan.mask_index), len(plan.mask_table)
-    for name, part in (("mask_index", plan.mask_index), ("compensate", plan.compensate)):
-        if part is not None and tuple(part.shape) != (buckets, plan.heads):
+    if plan.mask_index is not None:
+        _check_index("mask_index", plan.mask_index, (len(plan.mask_index), plan.heads), masks)
+        if plan.compensate is not None and plan.compensate.shape != plan.mask_index.shape:
             raise ValueError(
-                f"{name} is {list(part.shape)}; expected [{buckets}, {plan.heads}], step buckets and heads"
+                f"compensate is {list(plan.compensate.shape)}; expected {list(plan.mask_index.shape)}, step buckets "
+                "and heads"
             )
-    if int(plan.mask_index.min()) < 0 or int(plan.mask_index.max()) >= masks:
-        raise ValueError(f"mask_index goes up to {int(plan.mask_index.max())}; mask_table has {masks} masks")
 
 
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+def _check_index(name: str, index: Tensor, shape: tuple[int, ...], length: int) -> None:
+    if tuple(index.shape) != shape:
+        raise ValueError(f"{name} is {list(index.shape)}; expected {list(shape)}, the last for heads")
+    if int(index.min()) < 0 or int(index.max()) >= length:
+        raise ValueError(f"{name} goes from {int(index.min())} to {int(index.max())}; expected 0 to {length - 1}")
+
+
+def _moved(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, dtype)

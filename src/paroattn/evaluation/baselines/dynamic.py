@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from paroattn.errors import PlanError
 from paroattn.evaluation.baselines.masks import keep_best
 from paroattn.evaluation.baselines.scores import mean_similarity, vertical_slash
 from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import Attachment, transformer_of
+from paroattn.integrations.attach import Attachment
 from paroattn.integrations.descriptors import identify
 from paroattn.ops import attention
 from paroattn.ops.backend import choose_backend
@@ -43,7 +44,7 @@ def apply_dynamic(
     """Let a pipeline's transformer attend with masks made in every call, until the handle is removed.
 
     Args:
-        pipe: a diffusers pipeline (Wan 2.1).
+        pipe: a diffusers pipeline whose transformer paroattn knows.
         name: one of `DYNAMIC_BASELINES`: "mean similarity" (SpargeAttn, see `scores.mean_similarity`), the same with
             each head's tokens reordered, or "vertical-slash" (MInference, see `scores.vertical_slash`).
         density: kept blocks over all blocks, text blocks counted, in (0, 1]; met to the nearest block in every head,
@@ -70,7 +71,7 @@ def apply_dynamic(
         raise ValueError(f"baseline {name!r} is unknown; expected one of {', '.join(map(repr, DYNAMIC_BASELINES))}")
     check_density(density)
     choose_backend(backend, [Precision()])
-    identity = identify(transformer_of(pipe))
+    identity = identify(pipe)
     if (orders is None) == (name == _WITH_ORDERS):
         raise ValueError(f"orders are for {_WITH_ORDERS!r}, which needs them; got name {name!r}, orders {orders}")
     if orders is not None and (orders.ndim != 3 or orders.shape[:2] != (identity.layers, identity.heads)):
@@ -91,7 +92,7 @@ class DynamicHandle:
         self._backend = backend
         self._grid: TokenGrid | None = None
         self._kept = self._blocks = 0
-        layers = identify(transformer_of(pipe)).layers
+        layers = identify(pipe).layers
         intercepts = [partial(self._attend, layer) for layer in range(layers)]
         self._attachment = Attachment(pipe, intercepts, self._follow_grid, lambda schedule: None)
 
@@ -112,12 +113,9 @@ class DynamicHandle:
     ) -> None:
         self.remove()
 
-    def _follow_grid(self, grid: TokenGrid) -> None:
-        if self._orders is not None and self._orders.shape[-1] != grid.tokens:
-            raise PlanError(
-                f"orders are for {self._orders.shape[-1]:,} tokens; the model produced {grid}. "
-                "Give the orders of that grid."
-            )
+    def _follow_grid(self, grid: TokenGrid | None, hidden_states: Tensor) -> None:
+        if grid is None:
+            raise PlanError("the visual tokens are no single box of frames, height and width")
         self._grid = grid
 
     def _attend(
@@ -127,21 +125,30 @@ class DynamicHandle:
         key: Tensor,
         value: Tensor,
         *,
+        key_mask: Tensor | None,
         scale: float | None,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         if self._grid is None:
             raise RuntimeError("attention was called outside the transformer's forward pass")
+        if key.shape[1] != query.shape[1]:
+            return dense()
+        grid = replace(self._grid, text_tokens=query.shape[1] - self._grid.visual_tokens)
         if self._orders is None:
-            order = token_order("FHW", self._grid)  # the model's own, but for text before visual tokens
+            order = token_order("FHW", grid)  # the model's own, but for text before visual tokens
             order = order.expand(query.shape[2], -1)
+        elif self._orders.shape[-1] != query.shape[1]:
+            raise PlanError(
+                f"orders are for {self._orders.shape[-1]:,} tokens; the model produced {grid}. "
+                "Give the orders of that grid."
+            )
         else:
             order = self._orders[layer]
         order = order.to(query.device)
         outputs = []
-        for sample in zip(query, key, value, strict=True):
+        for number, sample in enumerate(zip(query, key, value, strict=True)):
             q, k, v = (x.unsqueeze(0) for x in sample)
-            mask = self._masks(q[0], k[0], order, query.shape[-1] ** -0.5 if scale is None else scale, self._grid)
+            mask = self._masks(q[0], k[0], order, query.shape[-1] ** -0.5 if scale is None else scale, grid)
             outputs.append(
                 attention(
                     q,
@@ -149,6 +156,7 @@ class DynamicHandle:
                     v,
                     permutation=order,
                     block_mask=mask,
+                    key_mask=None if key_mask is None else key_mask[number : number + 1],
                     scale=scale,
                     tensor_layout="NHD",
                     backend=self._backend,

@@ -86,6 +86,7 @@ def static_baseline(
         order_names=order_names,
         order_index=order_index,
         bucket_edges=statistics.bucket_edges,
+        usage=statistics.usage,
         provenance=provenance,
     )
 

@@ -1,0 +1,198 @@
+"""Every model class that paroattn knows, as a tiny pipeline: taken over, calibrated, compiled, and given back."""
+
+import contextlib
+import warnings
+
+import oracles
+import pytest
+import tiny
+import tiny_models
+import torch
+from test_apply import record_calls
+from tiny_models import MODELS
+
+import paroattn
+from paroattn.block_mask import block_count, text_blocks, unpack_bits
+from paroattn.integrations.attach import Attachment
+from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules, identify, transformers_of
+from paroattn.order import token_order
+
+
+def each_model(models=MODELS):
+    return pytest.mark.parametrize("model", models, ids=lambda model: model.name)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Aa]utocast.*")
+        yield
+
+
+def relative_error(latents, expected):
+    return float(torch.linalg.norm(latents - expected) / torch.linalg.norm(expected))
+
+
+def half_of_the_blocks(model, pipe, buckets=1):
+    """Random masks that keep the diagonal and what touches text, with `edges` to go with them."""
+    identity, blocks = identify(pipe), block_count(model.grid.tokens, 64)
+    generator = torch.Generator().manual_seed(5)
+    masks = torch.rand(buckets, identity.layers, identity.heads, blocks, blocks, generator=generator) < 0.3
+    masks |= torch.eye(blocks, dtype=torch.bool) | text_blocks(model.grid)
+    return masks
+
+
+@each_model()
+def test_taking_over_changes_nothing_and_sees_every_layer_and_the_grid(model):
+    pipe = model.pipe()
+    full, grids, layers = model.latents(pipe), [], set()
+    modules = [module for transformer in transformers_of(pipe) for module in attention_modules(transformer)]
+    processors = [module.processor for module in modules]
+
+    def own_attention(layer):
+        def attend(query, key, value, *, key_mask, scale, dense):
+            layers.add(layer)
+            return dense()
+
+        return attend
+
+    attachment = Attachment(
+        pipe,
+        [own_attention(layer) for layer in range(identify(pipe).layers)],
+        lambda grid, hidden_states: grids.append(grid),
+        lambda schedule: None,
+    )
+    assert torch.equal(model.latents(pipe), full)
+    attachment.remove()
+    assert torch.equal(model.latents(pipe), full)
+    assert grids[0] == model.grid
+    assert layers == set(range(model.layers))
+    assert all(module.processor is before for module, before in zip(modules, processors, strict=True))
+
+
+@each_model()
+def test_all_blocks_in_any_order_give_the_models_own_latents(model):
+    pipe = model.pipe()
+    full = model.latents(pipe)
+    with paroattn.apply(pipe, tiny.make_plan(pipe, grid=model.grid), strict=True):
+        applied = model.latents(pipe)
+    assert 0 < relative_error(applied, full) <= 1e-4
+    assert torch.equal(model.latents(pipe), full)
+
+
+@each_model()
+def test_every_call_attends_as_its_layers_masks_and_orders_say(model, monkeypatch):
+    """Against float64, with as many text tokens as each call has, padding hidden."""
+    pipe = model.pipe()
+    masks = half_of_the_blocks(model, pipe)
+    plan = tiny.make_plan(pipe, masks, grid=model.grid)
+    calls = record_calls(monkeypatch)
+    with paroattn.apply(pipe, plan, strict=True) as handle:
+        sparse = model.latents(pipe)
+    layer_plans = handle._operators._places[torch.device("cpu")].layers
+    layer_of = {id(layer_plan): layer for layer, layer_plan in enumerate(layer_plans)}
+    assert relative_error(sparse, model.latents(pipe)) > 1e-3
+    visual = model.grid.visual_tokens // 64
+    orders, seen = [plan.order_names[index] for index in plan.order_index.flatten().tolist()], set()
+    for _, (query, key, value), output, op, key_mask in calls:
+        layer = layer_of[id(op.layer_plan)]
+        text = query.shape[1] - model.grid.visual_tokens
+        seen.add(text)
+        grid = paroattn.TokenGrid(
+            model.grid.frames, model.grid.height, model.grid.width, text, model.grid.text_position
+        )
+        blocks = block_count(grid.tokens, 64)
+        expected_mask = torch.ones(2, blocks, blocks, dtype=torch.bool)
+        region = slice(visual if text or model.grid.text_tokens else blocks)
+        expected_mask[:, region, region] = masks[0, layer][:, region, region]
+        permutation = torch.stack([token_order(name, grid) for name in orders[2 * layer : 2 * layer + 2]])
+        expected, _ = oracles.sparse_attention(
+            *(x.transpose(1, 2) for x in (query, key, value)), expected_mask, permutation, key_mask=key_mask
+        )
+        assert oracles.relative_error(output.transpose(1, 2), expected) < 1e-5
+    assert model.grid.text_tokens in seen or model is tiny_models.MOCHI  # which trims its padding
+
+
+@each_model()
+def test_calibration_gives_a_plan_of_the_density_that_keeps_text_dense(model):
+    pipe = model.pipe()
+    full = model.latents(pipe)
+    plan = paroattn.calibrate(pipe, [model.call()], density=0.85, precision="int8", progress=False)
+    assert plan.grid == model.grid
+    blocks = block_count(model.grid.tokens, 64)
+    assert plan.density() == pytest.approx(0.85, abs=1 / blocks**2)  # to a block
+    masks = unpack_bits(plan.mask_table, blocks)
+    assert masks[:, text_blocks(model.grid)].all()
+    assert not masks.all()
+    assert torch.equal(model.latents(pipe), full)  # nothing stays behind
+    with paroattn.apply(pipe, plan, strict=True):
+        assert 1e-5 < relative_error(model.latents(pipe), full) < 0.5
+    paper = paroattn.calibrate(pipe, [model.call()], density=0.85, method="paper", progress=False)
+    assert paper.density() == pytest.approx(0.85, abs=1 / blocks**2)
+
+
+def test_of_two_transformers_each_has_its_own_steps(monkeypatch):
+    model = tiny_models.WAN22
+    pipe = model.pipe()
+    plan = paroattn.calibrate(pipe, [model.call(steps=6)], density=0.8, progress=False)
+    called = {0: plan.usage[:, :2], 1: plan.usage[:, 2:]}
+    assert set(plan.usage.unique().tolist()) == {0.0, 1.0}  # a bucket begins where the second takes over
+    assert torch.equal(called[0] + called[1], torch.ones_like(called[0]))
+    densities = plan.densities()
+    assert (densities[plan.usage == 0] == 1).all()  # where a layer is not called it would be dense
+    lengths = torch.tensor([*plan.bucket_edges, 1.0], dtype=torch.float64).diff()
+    weights = lengths.view(-1, 1, 1) * plan.usage.unsqueeze(-1).expand(densities.shape)
+    assert plan.density() == pytest.approx(float((densities * weights).sum() / weights.sum()))
+    calls = record_calls(monkeypatch)
+    with paroattn.apply(pipe, plan, strict=True):
+        model.latents(pipe, steps=6)
+    assert {call[0] for call in calls} == set(range(plan.buckets))
+    assert len({id(call[3]) for call in calls}) == 4
+
+
+REPEATED = {"cogvideox": "CogVideoXBlock", "mochi": "MochiTransformerBlock", "sd3": "JointTransformerBlock"}
+
+
+def compiled_graphs(model, how, applied):
+    """How many graphs a model compiles to, and its latents; a second generation must not add any."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    pipe, counter = model.pipe(), CompileCounter()
+    plan = tiny.make_plan(pipe, half_of_the_blocks(model, pipe, 2), grid=model.grid, edges=(0.0, 0.5))
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe, name, None)
+        if transformer is None:
+            continue
+        if how == "whole":
+            setattr(pipe, name, torch.compile(transformer, fullgraph=True, backend=counter))
+        elif how == "in place":
+            transformer.compile(fullgraph=True, backend=counter)
+        else:
+            if not transformer._repeated_blocks:
+                transformer._repeated_blocks = [REPEATED[model.name]]
+            transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+    with paroattn.apply(pipe, plan, strict=True) if applied else contextlib.nullcontext():
+        latents = model.latents(pipe)
+        graphs = counter.frame_count
+        assert torch.equal(model.latents(pipe), latents)
+        assert counter.frame_count == graphs
+    return graphs, latents, plan
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
+@each_model()
+def test_compiled_without_breaks_and_with_no_more_graphs_than_the_model_itself(model, how):
+    graphs, latents, plan = compiled_graphs(model, how, applied=True)
+    pipe = model.pipe()
+    with paroattn.apply(pipe, plan, strict=True):
+        assert relative_error(latents, model.latents(pipe)) < 1e-5
+    extra = 1 if model is tiny_models.QWEN and how != "blocks" else 0  # two numbers of text tokens: made dynamic
+    assert graphs <= compiled_graphs(model, how, applied=False)[0] + extra
+
+
+def test_every_descriptor_names_a_class_of_diffusers():
+    import diffusers
+
+    for name in DESCRIPTORS:
+        assert hasattr(diffusers, name)
