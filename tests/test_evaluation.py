@@ -13,10 +13,10 @@ from paroattn.evaluation.metrics import Closeness
 from paroattn.evaluation.pairs import FULL, Variant, VariantResult, evaluate_variants
 from paroattn.evaluation.records import evaluation_records, write_records
 from paroattn.evaluation.report import write_report
-from paroattn.integrations.video_model import GenerationSettings, VideoModel
+from paroattn.integrations.generation import GenerationSettings, GenerativeModel
 
 
-class TinyModel(VideoModel):
+class TinyModel(GenerativeModel):
     """Generates the tiny pipeline's latents as if they were frames."""
 
     def generate(self, prompt, seed):

@@ -17,7 +17,7 @@ from moving_digits import PROMPT_LENGTH, WORDS
 from PIL import Image
 from train_moving_digits import NOISE_SHIFT, PromptedTransformer
 
-from paroattn.integrations.video_model import GENERATION_FILE, VOCABULARY_FILE, load_video_model
+from paroattn.integrations.generation import GENERATION_FILE, VOCABULARY_FILE, load_model
 from paroattn.models import folder_of
 from paroattn.models.vocabulary import PromptVocabulary
 
@@ -70,7 +70,7 @@ def export(checkpoints: Path, folder: Path) -> None:
 
 def draw_samples(path: Path, steps: int) -> None:
     """Every third frame of some videos, one video per row."""
-    model = load_video_model("moving-digits", num_inference_steps=steps)
+    model = load_model("moving-digits", num_inference_steps=steps)
     rows = [torch.cat(list(model.generate(prompt, seed)[::3]), dim=2) for prompt, seed in SAMPLE_PROMPTS]
     pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
     Image.fromarray(pixels).save(path, quality=90)

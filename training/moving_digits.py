@@ -34,7 +34,7 @@ WORDS = [PADDING, "a", *SPEEDS, *COLOURS, *DIGIT_WORDS, "over", "the", *PLACES, 
 PROMPT_LENGTH = 12  # words, padding included
 
 
-def _photographs() -> dict[str, np.ndarray]:
+def photographs() -> dict[str, np.ndarray]:
     images = (
         skimage_data.astronaut(),
         skimage_data.chelsea(),
@@ -54,7 +54,7 @@ class MovingDigits:
     """
 
     def __init__(self, blur: float) -> None:
-        self.photographs = {name: self._prepare(image, blur) for name, image in _photographs().items()}
+        self.photographs = {name: self._prepare(image, blur) for name, image in photographs().items()}
         digits = datasets.load_digits()
         self.scans = torch.from_numpy(digits.images / 16.0).float()  # [1797, 8, 8]
         self.labels = torch.from_numpy(digits.target)

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from paroattn.models import IMAGE, VIDEO
 from paroattn.plan import Plan
 
 _DEMO_PAIRS = 2
@@ -57,9 +58,9 @@ def _options(*decorators: Any) -> Any:
 _model_options = _options(
     click.option(
         "--model",
-        default="moving-digits",
+        default=VIDEO,
         show_default=True,
-        help="The bundled model's name, a diffusers pipeline folder, or a Hub name.",
+        help="A bundled model's name (moving-digits, painted-digits), a diffusers pipeline folder, or a Hub name.",
     ),
     click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one."),
     click.option("--height", type=int, help="Frame height in pixels; default: the model's."),
@@ -94,11 +95,11 @@ _seed_option = click.option("--seed", type=int, default=0, show_default=True, he
 def _load(model: str, device: str | None, **changes: Any) -> Any:
     from diffusers.utils import logging as diffusers_logging
 
-    from paroattn.integrations.video_model import load_video_model
+    from paroattn.integrations.generation import load_model
 
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
-    return load_video_model(model, device=device, **changes)
+    return load_model(model, device=device, **changes)
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,7 +109,7 @@ def main() -> None:
 
 
 @main.command(
-    epilog=_examples("paroattn demo", "paroattn demo --output-dir runs/first --steps 8"),
+    epilog=_examples("paroattn demo", "paroattn demo --image --output-dir runs/image --steps 8"),
 )
 @click.option(
     "--output-dir",
@@ -117,14 +118,17 @@ def main() -> None:
     show_default=True,
     help="Where report.html, records.jsonl and the plan are written.",
 )
+@click.option("--image", is_flag=True, help="With the bundled image model instead of the video model.")
 @_model_options
 @_backend_option
 @_json_option
-def demo(output_dir: Path, as_json: bool, backend: str, **model_arguments: Any) -> None:
+def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arguments: Any) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
-    Writes report.html with the videos side by side. Takes about five minutes on two CPU cores.
+    Writes report.html with the videos (images) side by side. Takes about five minutes on two CPU cores.
     """
+    if image:
+        model_arguments["model"] = IMAGE
     model = _load(**model_arguments)
     calibration, pairs = _prompts(model, (), (), _DEMO_PAIRS)
     _compare(model, calibration, pairs, _DENSITIES, (0.3,), (0.3,), output_dir, backend, as_json)
@@ -314,6 +318,7 @@ def calibrate(
     epilog=_examples(
         "paroattn generate --prompt 'a slow red two over the cat' --plan digits.safetensors --output two.mp4",
         "paroattn generate --prompt 'a slow red two over the cat' --precision int8 --output two.webp",
+        "paroattn generate --model painted-digits --prompt 'a big red two over the cat left' --output two.png",
     ),
 )
 @click.option("--prompt", required=True, help="What to generate.")
@@ -322,9 +327,7 @@ def calibrate(
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    default="video.mp4",
-    show_default=True,
-    help="Video file: .mp4, .webp or .gif.",
+    help="Video file (.mp4, .webp or .gif), or image file (.png, .jpg or .webp); default: video.mp4, image.png.",
 )
 @_seed_option
 @_model_options
@@ -333,20 +336,23 @@ def generate(
     prompt: str,
     plan_path: Path | None,
     precision: str | None,
-    output: Path,
+    output: Path | None,
     seed: int,
     backend: str,
     **model_arguments: Any,
 ) -> None:
-    """Generate a video, with a plan or with full attention."""
+    """Generate a video or an image, with a plan or with full attention."""
     from contextlib import nullcontext
 
+    from paroattn.frames import check_path, save_frames
     from paroattn.integrations.apply import apply
-    from paroattn.video import check_video_path, save_video
 
-    check_video_path(output)
+    if output is not None:
+        check_path(output)
     plan = Plan.load(plan_path) if plan_path else None
     model = _load(**model_arguments)
+    output = output or Path("image.png" if model.makes_images else "video.mp4")
+    check_path(output, images=model.makes_images)
     applied = (
         apply(model.pipe, plan, precision=precision, strict=True, backend=backend)
         if plan or precision
@@ -354,8 +360,9 @@ def generate(
     )
     with applied:
         frames = model.generate(prompt, seed)
-    save_video(frames, output, model.settings.fps)
-    click.echo(f"wrote {output}: {len(frames)} frames of {frames.shape[3]} x {frames.shape[2]} pixels")
+    save_frames(frames, output, model.settings.fps)
+    count = "" if model.makes_images else f"{len(frames)} frames of "
+    click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels")
 
 
 @main.command(epilog=_examples("paroattn inspect plan.safetensors", "paroattn inspect plan.safetensors --json"))

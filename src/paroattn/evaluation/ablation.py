@@ -24,8 +24,8 @@ from paroattn.evaluation.pairs import Pair
 from paroattn.evaluation.records import METRICS, environment, finite
 from paroattn.integrations.apply import apply
 from paroattn.integrations.calibrate import collect_costs
+from paroattn.integrations.generation import GenerativeModel
 from paroattn.integrations.paper import collect_block_sums
-from paroattn.integrations.video_model import VideoModel
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import Plan, bucket_of
 
@@ -43,7 +43,9 @@ class Measured:
         progress: show a progress bar on stderr.
     """
 
-    def __init__(self, model: VideoModel, prompts: Sequence[str], densities: Sequence[float], *, progress: bool = True):
+    def __init__(
+        self, model: GenerativeModel, prompts: Sequence[str], densities: Sequence[float], *, progress: bool = True
+    ):
         self._pipe = model.pipe
         self._arguments = [model.call_arguments(prompt) for prompt in prompts]
         self._common: dict[str, Any] = {
@@ -244,7 +246,7 @@ class CaseResult:
 
 
 def run(
-    model: VideoModel, chosen: Sequence[Case], pairs: Sequence[Pair], *, progress: bool = True
+    model: GenerativeModel, chosen: Sequence[Case], pairs: Sequence[Pair], *, progress: bool = True
 ) -> Iterator[CaseResult]:
     """Generate every pair with full attention once, then with every case; yields a case when all its pairs are done."""
     with tqdm(total=len(pairs) * (1 + len(chosen)), desc="ablation", unit="video", disable=not progress) as bar:
@@ -263,7 +265,9 @@ def run(
             yield CaseResult(case, density, tuple(closeness))
 
 
-def ablation_records(model: VideoModel, results: Sequence[CaseResult], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def ablation_records(
+    model: GenerativeModel, results: Sequence[CaseResult], pairs: Sequence[Pair]
+) -> list[dict[str, Any]]:
     """One record per case: means and standard errors, and the paired difference in PSNR to the paper's method and to
     ours at the same density and precision.
     """

@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate
 
 from paroattn.block_mask import block_count, unpack_bits
 from paroattn.calibration.select import CalibrationStatistics
+from paroattn.frames import webp_bytes
 from paroattn.plan import Plan
-from paroattn.video import webp_bytes
 
 matplotlib.use("agg")
 COLUMN_WIDTH = 192  # pixels of one video in a row of videos

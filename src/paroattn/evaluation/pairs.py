@@ -17,7 +17,7 @@ from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness, compare
 from paroattn.integrations.apply import apply
 from paroattn.integrations.descriptors import transformers_of
-from paroattn.integrations.video_model import VideoModel
+from paroattn.integrations.generation import GenerativeModel
 from paroattn.plan import Plan
 
 Pair = tuple[str, int]  # prompt and seed
@@ -83,7 +83,7 @@ FULL = "full attention"
 
 
 def evaluate_variants(
-    model: VideoModel,
+    model: GenerativeModel,
     variants: Sequence[Variant],
     pairs: Sequence[Pair],
     *,

@@ -16,12 +16,12 @@ import torch
 import paroattn
 from paroattn.evaluation.pairs import FULL, Evaluation, VariantResult
 from paroattn.files import write_atomically
-from paroattn.integrations.video_model import VideoModel
+from paroattn.integrations.generation import GenerativeModel
 
 METRICS = ("psnr", "ssim", "cosine")
 
 
-def evaluation_records(model: VideoModel, evaluation: Evaluation) -> list[dict[str, Any]]:
+def evaluation_records(model: GenerativeModel, evaluation: Evaluation) -> list[dict[str, Any]]:
     """One record per variant; figures that are not finite become None, since JSON has no infinity."""
     common = {"kind": "evaluation", "model": model.name, "settings": asdict(model.settings), **environment()}
     return [{**_variant_record(result, evaluation), **common} for result in evaluation.results]

@@ -13,13 +13,13 @@ from paroattn.evaluation.figures import DIFFERENCE_GAIN, attention_maps, video_r
 from paroattn.evaluation.pairs import Evaluation, VariantResult
 from paroattn.evaluation.records import environment
 from paroattn.files import write_atomically
-from paroattn.integrations.video_model import VideoModel
+from paroattn.integrations.generation import GenerativeModel
 from paroattn.plan import Plan
 
 
 def write_report(
     path: Path,
-    model: VideoModel,
+    model: GenerativeModel,
     evaluation: Evaluation,
     statistics: tuple[CalibrationStatistics, CalibrationStatistics] | None = None,
 ) -> None:

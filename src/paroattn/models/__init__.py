@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-BUNDLED = ("moving-digits",)
+VIDEO, IMAGE = "moving-digits", "painted-digits"
+BUNDLED = (VIDEO, IMAGE)
 
 
 def folder_of(name: str) -> Path:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from paroattn.files import write_atomically
-from paroattn.models.pixels import frames_to_latents, latents_to_frames
-from paroattn.video import check_video_path, save_video, webp_bytes
+from paroattn.frames import check_path, save_frames, webp_bytes
+from paroattn.models.pixels import fold_pixels, frames_to_latents, latents_to_frames, unfold_pixels
 
 
 def smooth_frames(count=5, height=32, width=48):
@@ -55,7 +55,7 @@ def test_reader_never_sees_the_file_before_it_is_whole(tmp_path):
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4", ".MP4"])
 def test_saved_video_has_the_frames(tmp_path, suffix):
     frames, path = smooth_frames(), tmp_path / f"video{suffix}"
-    save_video(frames, path, fps=8)
+    save_frames(frames, path, fps=8)
     read = imageio.imread(path, index=None if suffix.lower() == ".mp4" else ...)
     assert read.shape[:3] == (5, 32, 48)
     expected = (frames * 255).permute(0, 2, 3, 1).numpy()
@@ -72,9 +72,9 @@ def test_webp_bytes_are_an_animation_with_the_frames_duration():
 @pytest.mark.parametrize("name", ["video.avi", "video", "video.mp4.txt"])
 def test_unknown_suffix_is_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(ValueError, match=r"expected one of \.mp4, \.webp, \.gif"):
-        check_video_path(tmp_path / name)
+        check_path(tmp_path / name)
     with pytest.raises(ValueError, match="no known suffix"):
-        save_video(smooth_frames(), tmp_path / name, fps=8)
+        save_frames(smooth_frames(), tmp_path / name, fps=8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,3 +99,28 @@ def test_each_latent_square_holds_its_own_four_by_four_pixels():
 def test_frames_are_clamped():
     frames = latents_to_frames(torch.full((1, 48, 1, 1, 1), 3.0))
     assert torch.equal(frames, torch.ones(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.webp"])
+def test_a_single_frame_is_an_image_file(tmp_path, name):
+    frame = smooth_frames()[:1]
+    save_frames(frame, tmp_path / name, fps=8)
+    read = torch.from_numpy(imageio.imread(tmp_path / name)).float().reshape(*frame.shape[2:], 3) / 255
+    assert (read.permute(2, 0, 1) - frame[0]).abs().mean() < 0.02
+
+
+def test_kinds_of_files_are_kept_apart(tmp_path):
+    with pytest.raises(ValueError, match="image file 'a.mp4' has no known suffix; expected one of .png, .jpg, .webp"):
+        check_path(tmp_path / "a.mp4", images=True)
+    with pytest.raises(ValueError, match="video file 'a.png' has no known suffix"):
+        check_path(tmp_path / "a.png", images=False)
+    with pytest.raises(ValueError, match="is an image file; got 2 frames"):
+        save_frames(smooth_frames()[:2], tmp_path / "a.png", fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pixels_of_pictures_fold_and_unfold():
+    pictures = torch.rand(2, 3, 8, 12)
+    tokens = fold_pixels(pictures)
+    assert tokens.shape == (2, 6, 48)
+    torch.testing.assert_close(unfold_pixels(tokens, 8), pictures, rtol=0, atol=1e-6)
