@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
-from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness
 from paroattn.evaluation.pairs import FULL, Variant, VariantResult, evaluate_variants
 from paroattn.evaluation.records import evaluation_records, write_records
 from paroattn.evaluation.report import write_report
+from paroattn.integrations.clock import TransformerClock
 from paroattn.integrations.generation import GenerationSettings, GenerativeModel
 
 
@@ -62,7 +62,7 @@ def test_mean_spread_and_paired_gain():
 
 def test_the_clock_counts_the_transformer_alone(model, monkeypatch):
     times = iter(range(100))
-    monkeypatch.setattr("paroattn.evaluation.clock.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("paroattn.integrations.clock.time.perf_counter", lambda: next(times))
     calls = []
     hook = model.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     with TransformerClock(model.pipe.transformer) as clock:

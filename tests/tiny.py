@@ -73,7 +73,7 @@ def save_whole_wan(folder):
     pipe.save_pretrained(folder)
 
 
-def call_arguments(steps=STEPS, guidance_scale=1.0, height=GRID.height * 16, seed=None):
+def call_arguments(steps=STEPS, guidance_scale=1.0, height=GRID.height * 16, seed=None, callback=None):
     arguments = {
         "prompt_embeds": TEXT,
         "height": height,
@@ -85,6 +85,8 @@ def call_arguments(steps=STEPS, guidance_scale=1.0, height=GRID.height * 16, see
     }
     if guidance_scale > 1:
         arguments["negative_prompt_embeds"] = NEGATIVE
+    if callback is not None:
+        arguments["callback_on_step_end"] = callback
     if seed is not None:
         arguments["generator"] = torch.Generator().manual_seed(seed)
     return arguments

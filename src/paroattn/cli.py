@@ -255,7 +255,9 @@ def ablate(
 @click.option(
     "--prompt", "prompts", multiple=True, help="Prompt to calibrate on; repeatable. Default: the bundled ones."
 )
-@click.option("--density", type=float, default=0.3, show_default=True, help="Share of blocks to compute, in (0, 1].")
+@click.option("--density", type=float, help="Share of blocks to compute, in (0, 1]; default: 0.3.")
+@click.option("--target-psnr", type=float, help="Instead of a density: PSNR in dB to reach on the calibration prompts.")
+@click.option("--target-speed-up", type=float, help="Instead of a density: how many times faster the transformer is.")
 @click.option(
     "--precision", default="exact", show_default=True, help="exact, bf16, int8, int4, or qk/pv such as int8/bf16."
 )
@@ -281,7 +283,9 @@ def ablate(
 @_model_options
 def calibrate(
     prompts: tuple[str, ...],
-    density: float,
+    density: float | None,
+    target_psnr: float | None,
+    target_speed_up: float | None,
     precision: str,
     step_buckets: int,
     method: Literal["cost", "paper"],
@@ -293,9 +297,12 @@ def calibrate(
     """Find token orders and block masks of a model and write them to a plan file."""
     from paroattn.calibration.keep import check_density
     from paroattn.integrations.calibrate import calibrate as calibrate_pipeline
+    from paroattn.integrations.targets import target_of
     from paroattn.quantize import Precision
 
-    check_density(density)
+    if density is not None:
+        check_density(density)
+    target_of(target_psnr, target_speed_up, density=density)
     Precision.parse(precision)
     model = _load(**model_arguments)
     calibration, _ = _prompts(model, prompts, ("unused",), 1)
@@ -304,6 +311,8 @@ def calibrate(
         [model.call_arguments(prompt) for prompt in calibration],
         prompt_texts=calibration,
         density=density,
+        target_psnr=target_psnr,
+        target_speed_up=target_speed_up,
         precision=precision,
         seed=seed,
         step_buckets=step_buckets,

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from paroattn.calibration.budget import CostStatistics, select_by_cost
 from paroattn.calibration.select import CalibrationStatistics, select_plan
-from paroattn.evaluation.clock import TransformerClock
 from paroattn.evaluation.metrics import Closeness, compare
 from paroattn.integrations.apply import apply
+from paroattn.integrations.clock import TransformerClock
 from paroattn.integrations.descriptors import transformers_of
 from paroattn.integrations.generation import GenerativeModel
 from paroattn.plan import Plan

@@ -19,6 +19,7 @@ from paroattn.calibration.statistics import OrderCriterion
 from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
 from paroattn.integrations.effects import measure_effects
 from paroattn.integrations.paper import collect_block_sums
+from paroattn.integrations.targets import reach, target_of
 from paroattn.order import AXIS_ORDERS, candidate_orders
 from paroattn.plan import Plan, bucket_of
 from paroattn.quantize import Precision
@@ -32,7 +33,9 @@ def calibrate(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
-    density: float = 0.3,
+    density: float | None = None,
+    target_psnr: float | None = None,
+    target_speed_up: float | None = None,
     precision: str | Precision = "exact",
     seed: int = 0,
     method: Literal["cost", "paper"] = "cost",
@@ -58,7 +61,11 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
         prompts: one or two are enough; each a string, or a mapping of pipeline arguments such as `prompt_embeds`.
-        density: kept blocks over all blocks, in (0, 1], averaged over steps, layers and heads.
+        density: kept blocks over all blocks, in (0, 1], averaged over steps, layers and heads; default 0.3.
+        target_psnr: instead of a density, the PSNR in dB that generating from the calibration prompts must reach
+            against the model's own attention; the sparsest plan found that does is returned (method "cost").
+        target_speed_up: instead of a density, how many times faster the transformer must be on this machine; the
+            densest plan found that is is returned (method "cost").
         precision: number format the plan asks for: "exact", "bf16", "int8", "int4" or a `Precision`.
         seed: of the initial noise (prompt i uses seed + i), of sampled rows and of random cotangents.
         method: "cost" or "paper".
@@ -80,12 +87,16 @@ def calibrate(
 
     Raises:
         ValueError: no prompts, density outside (0, 1], or an argument the model does not take.
-        PlanError: a density too low for text blocks and one block per row.
+        PlanError: a density too low for text blocks and one block per row, or a target that cannot be reached.
 
     Example:
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
     parsed = Precision.parse(precision)
+    target = target_of(target_psnr, target_speed_up, density=density)
+    if target is not None and method == "paper":
+        raise ValueError("a target needs method 'cost'; got method 'paper'")
+    density = 0.3 if density is None else density
     common: dict[str, Any] = {
         "seed": seed,
         "step_buckets": step_buckets,
@@ -112,7 +123,15 @@ def calibrate(
         int4="int4" in (parsed.qk, parsed.pv),
         **common,
     )
-    return select_by_cost(costs, density=density, precision=parsed, selection=selection, int8_share=int8_share)
+
+    def select(density: float) -> Plan:
+        return select_by_cost(costs, density=density, precision=parsed, selection=selection, int8_share=int8_share)
+
+    if target is None:
+        return select(density)
+    run = CalibrationRun(pipe, prompts, (), seed, call_arguments, progress)
+    run.grid = costs.grid
+    return reach(run, target, select)
 
 
 def collect_costs(

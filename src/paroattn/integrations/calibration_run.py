@@ -97,12 +97,18 @@ class CalibrationRun:
             check_reachable(density, known)
         self.grid = known
 
-    def generate_one(self, number: int) -> Tensor:
-        """Generate from one prompt with whatever the pipeline has attached; returns the final latents."""
+    @property
+    def prompt_count(self) -> int:
+        return len(self._prompts)
+
+    def generate_one(self, number: int, output_type: str = "latent") -> Tensor:
+        """Generate from one prompt with whatever the pipeline has attached; returns the final latents, or frames in
+        [0, 1] with output_type "pt".
+        """
         prompt = self._prompts[number]
         arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         generator = torch.Generator().manual_seed(self._seed + number)
-        call = {"output_type": "latent", **self._call_arguments, **arguments, "generator": generator}
+        call = {**self._call_arguments, **arguments, "generator": generator, "output_type": output_type}
         return self.pipe(**call)[0]
 
     def bar(self, total: int, description: str, unit: str) -> tqdm:

@@ -1,0 +1,209 @@
+"""What users do with a pipeline while a plan is applied: moving, offloading, quantising, adapting, saving; and where
+masks live on a GPU.
+"""
+
+import diffusers
+import pytest
+import tiny
+import tiny_models
+import torch
+from torch import nn
+
+import paroattn
+from paroattn.block_mask import block_count, text_blocks
+from paroattn.integrations import operators
+from paroattn.integrations.mask_stream import MaskStream
+
+MODEL = tiny_models.COGVIDEOX
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=CUDA)]
+
+
+def relative_error(latents, expected):
+    return float(torch.linalg.norm(latents.cpu() - expected.cpu()) / torch.linalg.norm(expected.cpu()))
+
+
+def dense_plan(pipe):
+    return tiny.make_plan(pipe, grid=MODEL.grid, edges=(0.0, 0.5))
+
+
+def sparse_plan(pipe, buckets=3):
+    generator, blocks = torch.Generator().manual_seed(3), block_count(MODEL.grid.tokens, 64)
+    masks = torch.rand(buckets, 2, 2, blocks, blocks, generator=generator) < 0.3
+    masks |= torch.eye(blocks, dtype=torch.bool) | text_blocks(MODEL.grid)
+    return tiny.make_plan(pipe, masks, grid=MODEL.grid, edges=tuple(number / buckets for number in range(buckets)))
+
+
+@pytest.fixture
+def pipe():
+    return MODEL.pipe()
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_stream_shows_each_buckets_masks_at_one_address(pipe, device):
+    plan = sparse_plan(pipe, buckets=4)
+    stream = MaskStream(plan, device)
+    address = stream.current.data_ptr()
+    for bucket in (0, 1, 2, 2, 3, 0, 3, 1):  # in order, repeated, from the start again, out of order
+        stream.show(bucket)
+        expected = plan.mask_table[plan.mask_index[bucket].long()]
+        assert torch.equal(stream.current.cpu(), expected)
+        assert stream.current.data_ptr() == address
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_streamed_masks_give_what_whole_tables_give(pipe, device, monkeypatch):
+    """On a GPU the masks of one step at a time are there; here the same is done on the CPU, too."""
+    plan = sparse_plan(pipe)
+    with paroattn.apply(pipe, plan, strict=True):
+        whole = MODEL.latents(pipe, steps=6)
+    original = operators._place
+
+    def streamed(plan, layers, place):
+        stream = MaskStream(plan, place)
+        return operators._Place(
+            operators.streamed_layers(plan, stream, place), original(plan, layers, place).bucket, stream
+        )
+
+    monkeypatch.setattr(operators, "_place", streamed)
+    pipe.to(device)
+    with paroattn.apply(pipe, plan, strict=True):
+        again = MODEL.latents(pipe, steps=6)
+    assert relative_error(again, whole) < (1e-6 if device.type == "cpu" else 1e-3)
+    assert relative_error(MODEL.latents(pipe, steps=6), whole) > 1e-3
+
+
+def test_one_table_of_masks_serves_all_layers(pipe):
+    layers = sparse_plan(pipe).layers()
+    assert len({layer.mask_table.data_ptr() for layer in layers}) == 1
+    assert len({layer.orders.data_ptr() for layer in layers}) == 1
+
+
+def test_moving_to_another_dtype_while_applied(pipe):
+    call = {
+        name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in MODEL.call().items()
+    }
+
+    def latents():
+        return pipe(**call, generator=torch.Generator().manual_seed(7))[0].float()
+
+    with paroattn.apply(pipe, dense_plan(pipe)):
+        pipe.to(torch.bfloat16)
+        applied = latents()
+    assert relative_error(applied, latents()) < 0.05
+
+
+def offload_model(pipe, device):
+    pipe.enable_model_cpu_offload(device=device)
+
+
+def offload_groups(pipe, device):
+    pipe.transformer.enable_group_offload(
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+    )
+    pipe.vae.to(device)
+
+
+def offload_sequentially(pipe, device):
+    pipe.enable_sequential_cpu_offload(device=device)
+
+
+OFFLOADS = [
+    *(pytest.param(offload, device, id=f"{offload.__name__}-{device}") for offload in (offload_model, offload_groups)
+      for device in (torch.device("cpu"),)),
+    *(pytest.param(offload, torch.device("cuda", 0), marks=CUDA, id=f"{offload.__name__}-cuda")
+      for offload in (offload_model, offload_groups, offload_sequentially)),  # accelerate cannot do the last on a CPU
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("offload", "device"), OFFLOADS)
+@pytest.mark.parametrize("first", ["offload", "apply"])
+def test_offloading_goes_together_with_a_plan(pipe, offload, device, first):
+    expected, plan = MODEL.latents(pipe), dense_plan(pipe)
+    if first == "offload":
+        offload(pipe, device)
+    with paroattn.apply(pipe, plan, strict=True):
+        if first == "apply":
+            offload(pipe, device)
+        applied = MODEL.latents(pipe)
+    assert 0 < relative_error(applied, expected) < (1e-4 if device.type == "cpu" else 1e-2)
+
+
+def test_quantised_weights_go_together_with_a_plan(pipe):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    expected = MODEL.latents(pipe)
+    with paroattn.apply(pipe, dense_plan(pipe)):
+        assert 0 < relative_error(MODEL.latents(pipe), expected) < 1e-4
+
+
+@pytest.mark.parametrize("first", ["adapter", "apply"])
+def test_a_lora_loaded_before_or_after_takes_effect(pipe, first):
+    peft = pytest.importorskip("peft")
+    plain, plan = MODEL.latents(pipe), dense_plan(pipe)
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    if first == "adapter":
+        pipe.transformer.add_adapter(config)
+    with paroattn.apply(pipe, plan):
+        if first == "apply":
+            pipe.transformer.add_adapter(config)
+        applied = MODEL.latents(pipe)
+    assert relative_error(applied, plain) > 0.05
+    assert relative_error(applied, MODEL.latents(pipe)) < 1e-4
+
+
+def test_projections_fused_before_go_together_and_fused_after_are_named(pipe):
+    plan, expected = dense_plan(pipe), MODEL.latents(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    with paroattn.apply(pipe, plan):
+        assert relative_error(MODEL.latents(pipe), expected) < 1e-4
+    pipe.transformer.unfuse_qkv_projections()
+    with paroattn.apply(pipe, plan) as handle:
+        pipe.transformer.fuse_qkv_projections()
+        with pytest.raises(ValueError, match="processors were replaced after paroattn was applied") as caught:
+            MODEL.latents(pipe)
+        assert "\n" not in str(caught.value)
+        handle.remove()
+
+
+def test_saving_while_applied_saves_the_model_alone(pipe, tmp_path):
+    before = pipe.transformer.state_dict().keys()
+    with paroattn.apply(pipe, sparse_plan(pipe)):
+        assert pipe.transformer.state_dict().keys() == before
+        pipe.save_pretrained(tmp_path)
+        assert not [module for module in pipe.transformer.modules() if isinstance(module, nn.Module) and
+                    type(module).__module__.startswith("paroattn")]  # fmt: skip
+    loaded = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    assert loaded.state_dict().keys() == before
+
+
+@CUDA
+def test_a_captured_graph_follows_the_step():
+    """Addresses stay and nothing is asked of the device: a CUDA graph replays with the masks of the current step."""
+    device = torch.device("cuda", 0)
+    pipe = MODEL.pipe().to(device)
+    plan = sparse_plan(pipe, buckets=2)
+    own = operators.Operators(plan, [], "auto")
+    ready = own.ready(0, device, torch.float32, None)
+    query, key, value = torch.randn(3, 1, MODEL.grid.tokens, 2, 16, device=device)
+
+    def call():
+        return ready.call(query, key, value, step=ready.bucket)
+
+    expected = []
+    for bucket in (0, 1):
+        own.show(bucket)
+        expected.append(call().clone())
+    assert not torch.equal(*expected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    for bucket in (0, 1, 0):
+        own.show(bucket)
+        graph.replay()
+        torch.testing.assert_close(output, expected[bucket])

@@ -1,0 +1,134 @@
+"""Which denoising step it is, under schedulers and pipelines of all kinds."""
+
+import diffusers
+import pytest
+import tiny
+import tiny_models
+import torch
+
+import paroattn
+from paroattn.integrations.descriptors import transformers_of
+from paroattn.integrations.schedule import Schedule
+
+
+def steps_seen(pipe, generate):
+    """(step of the schedule, position of the transformer's timestep in the scheduler's list) at every forward call."""
+    seen = []
+    schedule = Schedule(pipe.scheduler, lambda _: None)
+
+    def look(module, args, kwargs):
+        schedule.observe(kwargs["timestep"])
+        timesteps = pipe.scheduler.timesteps
+        value = float(kwargs["timestep"].max())
+        value = min((value, value * 1000), key=lambda item: float((timesteps - item).abs().min()))
+        seen.append((schedule.step, (timesteps - value).abs() == (timesteps - value).abs().min()))
+
+    hooks = [transformer.register_forward_pre_hook(look, with_kwargs=True) for transformer in transformers_of(pipe)]
+    try:
+        generate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        schedule.remove()
+    return seen
+
+
+def check(seen, first=0):
+    """Every step's timestep is one of the nearest in the list (second-order schedulers have each twice)."""
+    assert seen[0][0] == first
+    assert all(bool(places[step]) for step, places in seen)
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.UniPCMultistepScheduler(**FLOW),
+        diffusers.DPMSolverMultistepScheduler(**FLOW),
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+        diffusers.EulerDiscreteScheduler(),
+        diffusers.DDIMScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+@pytest.mark.parametrize("steps", [3, 7])
+def test_the_step_is_the_place_in_the_schedulers_timesteps(scheduler, steps):
+    pipe = tiny.tiny_wan()
+    pipe.scheduler = scheduler
+    # Not every scheduler has what WanPipeline asks of it; diffusers users set these on the instance, too.
+    if not hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index = lambda begin_index=0: None
+    if not hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = torch.zeros(1000)
+    seen = steps_seen(pipe, lambda: tiny.latents(pipe, steps=steps))
+    assert [step for step, _ in seen] == list(range(len(scheduler.timesteps)))
+    check(seen)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_image_to_image_begins_where_its_strength_says(strength):
+    text = tiny_models.FLUX
+    pipe = diffusers.FluxImg2ImgPipeline(**text.pipe().components)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {**text.arguments(), "image": torch.rand(1, 3, 20, 28), "num_inference_steps": 6}
+    arguments |= {"strength": strength, "output_type": "latent"}
+    seen = steps_seen(pipe, lambda: pipe(**arguments))
+    check(seen, first=round(6 * (1 - strength)))
+
+
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.CogVideoXDDIMScheduler, diffusers.CogVideoXDPMScheduler], ids=lambda kind: kind.__name__
+)
+def test_video_to_video_that_does_not_tell_its_scheduler_is_observed(scheduler):
+    """CogVideoX's schedulers know no step index: the first call's timestep tells where the schedule begins."""
+    pipe = diffusers.CogVideoXVideoToVideoPipeline(**tiny_models.COGVIDEOX.pipe().components)
+    pipe.scheduler = scheduler()
+    pipe.set_progress_bar_config(disable=True)
+    arguments = tiny_models.COGVIDEOX.arguments()
+    video = torch.rand(1, arguments.pop("num_frames"), 3, arguments["height"], arguments["width"])
+    arguments |= {"video": video, "strength": 0.5, "num_inference_steps": 6, "output_type": "latent"}
+    seen = steps_seen(pipe, lambda: pipe(**arguments))
+    check(seen, first=3)
+    assert [step for step, _ in seen] == [3, 4, 5]
+
+
+def test_the_step_goes_on_when_a_cache_skips_blocks(monkeypatch):
+    """FirstBlockCache leaves out the blocks after the first in most steps; the masks stay those of the step."""
+    from test_apply import record_calls
+
+    pipe = tiny.tiny_wan(layers=3)
+    plan = tiny.make_plan(pipe, edges=(0.0, 0.25, 0.5, 0.75))
+    config = diffusers.FirstBlockCacheConfig(threshold=10.0)
+    pipe.transformer.enable_cache(config)
+    dense = tiny.latents(pipe, steps=8)
+    calls = record_calls(monkeypatch)
+    with paroattn.apply(pipe, plan):
+        cached = tiny.latents(pipe, steps=8)
+    layers = [call[3].layer_plan for call in calls]
+    first = [call[0] for call in calls if call[3].layer_plan is layers[0]]
+    assert first == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(calls) < 3 * 8
+    assert torch.linalg.norm(cached - dense) <= 1e-4 * torch.linalg.norm(dense)
+    pipe.transformer.disable_cache()
+
+
+def test_a_generation_that_was_broken_off_does_not_shift_the_next(monkeypatch):
+    from test_apply import record_calls
+
+    pipe = tiny.tiny_wan()
+    calls = record_calls(monkeypatch)
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with paroattn.apply(pipe, tiny.make_plan(pipe, edges=(0.0, 0.25, 0.5, 0.75))):
+        with pytest.raises(KeyboardInterrupt):
+            tiny.latents(pipe, steps=4, callback=stop)
+        calls.clear()
+        tiny.latents(pipe, steps=4)
+    assert [call[0] for call in calls] == [0, 0, 1, 1, 2, 2, 3, 3]
