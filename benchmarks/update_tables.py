@@ -120,7 +120,8 @@ def closeness_table(records: list[dict]) -> list[str]:
 
 def surroundings(record: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"{record['machine']}, {record['threads']} threads; {versions}"
+    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    return f"{record['machine']}, {threads}; {versions}"
 
 
 KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table}
