@@ -63,7 +63,7 @@ class PreparedAttention:
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._backend = choose_for_layer(backend, layer_plan, device)
+        self._backend = choose_for_layer(backend, layer_plan, device, dtype)
         permutation = _moved(layer_plan.permutation, device)
         if permutation is not None:
             permutation = permutation.to(torch.int32).expand(layer_plan.heads, -1)
@@ -126,12 +126,15 @@ class PreparedAttention:
             )
 
 
-def choose_for_layer(name: str, layer_plan: LayerPlan, device: torch.device | None = None) -> Backend:
+def choose_for_layer(
+    name: str, layer_plan: LayerPlan, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Backend:
     """The backend of that name for a layer, as `choose_backend`; without a device, what can be known before a call."""
     return choose_backend(
         name,
         layer_plan.precisions,
         device=device,
+        dtype=dtype,
         block_shape=(layer_plan.block_q, layer_plan.block_kv),
     )
 
