@@ -246,7 +246,14 @@ def jobs(targets: Sequence[str], everything: bool) -> list[tuple[str, Any, dict[
 
 def compiled_row(job: tuple[str, Any, dict[str, bool]]) -> tuple[str, list[str]]:
     """One line of the table, and what may not be shipped of it."""
-    target, what, variant = job
+    try:
+        return _row(*job)
+    except RuntimeError as error:
+        wrong = f"does not compile: {error}"
+        return f"{job[0]} {job[1]} {job[2]}  <- {wrong}", [wrong]
+
+
+def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[str]]:
     if isinstance(what, Kind):
         config = triton_configs.config(target, what)
         report = forward_report(target, what, config, **variant)

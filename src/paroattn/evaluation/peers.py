@@ -48,21 +48,22 @@ class Peer:
         return call
 
 
-def sdpa(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Call:
-    """PyTorch's attention by one of its kernels, an entry of `torch.nn.attention.SDPBackend`."""
+def sdpa(kernel: str | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Call:
+    """PyTorch's dense attention by one of its kernels, named as in `torch.nn.attention.SDPBackend`, or its choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def call() -> Tensor:
+        if kernel is None:
+            return scaled_dot_product_attention(query, key, value)
         with sdpa_kernel(getattr(SDPBackend, kernel)):
             return scaled_dot_product_attention(query, key, value)
 
     return call
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
     """FlexAttention, compiled, with the mask's blocks as full blocks."""
-    from torch.nn.attention.flex_attention import BlockMask as FlexMask
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as flex
 
     if mask is None:
         raise ValueError("FlexAttention is timed with a mask")
@@ -71,10 +72,10 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call
     counts = mask.sum(-1, dtype=torch.int32).unsqueeze(0)
     indices = mask.int().argsort(dim=-1, descending=True, stable=True).int().unsqueeze(0)
     none = torch.zeros_like(counts)  # of the blocks are partial; full ones need indices of their own, not shared
-    flex_mask = FlexMask.from_kv_blocks(
+    flex_mask = flex.BlockMask.from_kv_blocks(
         none, indices, counts, indices.clone(), BLOCK_SIZE=(block_q, BLOCK), seq_lengths=(tokens, tokens)
     )
-    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    compiled: Callable[..., Any] = torch.compile(flex.flex_attention)
     return lambda: compiled(query, key, value, block_mask=flex_mask)
 
 
@@ -122,7 +123,7 @@ GPU_PEERS = (
     Peer("sdpa cudnn", "torch", None, functools.partial(sdpa, "CUDNN_ATTENTION")),
     Peer("flash-attn", "flash_attn", None, _flash_attn),
     Peer("sageattention", "sageattention", None, _sage),
-    Peer("flex", "torch", BLOCK, flex),
+    Peer("flex", "torch", BLOCK, flex_attention),
     Peer("flashinfer", "flashinfer", BLOCK, _flashinfer),
     Peer("spargeattn", "spas_sage_attn", 2 * BLOCK, _sparge),
 )

@@ -8,11 +8,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _rows(x_ptr, token, valid, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """Rows [64, D] of x [N, HEAD_DIM] at `token`, zeros where not valid."""
+def _rows(x_ptr, row, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Rows [64, D] of x [N, HEAD_DIM], zeros beyond it."""
     channel = tl.arange(0, D)
-    mask = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    return tl.load(x_ptr + token.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+    mask = (row < tokens)[:, None] & (channel < HEAD_DIM)[None, :]
+    return tl.load(x_ptr + row.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -26,12 +26,12 @@ def _logits(q, k, valid, scale):
 def row_lse(q_ptr, k_ptr, lse_ptr, scale, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Log2 of the sum of 2^logit of 64 rows; grid (q blocks,); lse float32 [N]."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    q = _rows(q_ptr, row, row < tokens, HEAD_DIM, D)
+    q = _rows(q_ptr, row, tokens, HEAD_DIM, D)
     maximum = tl.full([BLOCK], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, tokens, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        s = _logits(q, _rows(k_ptr, column, column < tokens, HEAD_DIM, D), column < tokens, scale)
+        s = _logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         total = total * tl.math.exp2(maximum - new_maximum) + tl.sum(tl.math.exp2(s - new_maximum[:, None]), 1)
         maximum = new_maximum
@@ -39,23 +39,21 @@ def row_lse(q_ptr, k_ptr, lse_ptr, scale, tokens, HEAD_DIM: tl.constexpr, D: tl.
 
 
 @triton.jit
-def block_sums(
-    q_ptr, k_ptr, orders_ptr, lse_ptr, sums_ptr, scale, tokens, blocks, HEAD_DIM: tl.constexpr, D: tl.constexpr
-):
+def block_sums(q_ptr, k_ptr, lse_ptr, sums_ptr, scale, tokens, blocks, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """One row of blocks in one order; grid (q blocks, orders).
 
-    orders int32 [orders, N]; sums float32 [orders, blocks, blocks].
+    q, k [orders, N, HEAD_DIM] and lse [orders, N] in each order; sums float32 [orders, blocks, blocks].
     """
-    block = tl.program_id(0)
-    orders_ptr += tl.program_id(1) * tokens
-    sums_ptr += (tl.program_id(1) * blocks + block).to(tl.int64) * blocks
+    block, order = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    q_ptr += order * tokens * HEAD_DIM
+    k_ptr += order * tokens * HEAD_DIM
+    sums_ptr += (order * blocks + block) * blocks
     row = block * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(orders_ptr + row, mask=row < tokens, other=0)
-    q = _rows(q_ptr, token, row < tokens, HEAD_DIM, D)
-    lse = tl.load(lse_ptr + token, mask=row < tokens, other=float("inf"))  # rows beyond the sequence add nothing
+    q = _rows(q_ptr, row, tokens, HEAD_DIM, D)
+    # Rows beyond the sequence add nothing.
+    lse = tl.load(lse_ptr + order * tokens + row, mask=row < tokens, other=float("inf"))
     for number in range(0, blocks):
         column = number * BLOCK + tl.arange(0, BLOCK)
-        other = tl.load(orders_ptr + column, mask=column < tokens, other=0)
-        s = _logits(q, _rows(k_ptr, other, column < tokens, HEAD_DIM, D), column < tokens, scale)
+        s = _logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
         p = tl.math.exp2(s - lse[:, None])
-        tl.store(sums_ptr + number, tl.sum(tl.sum(p, 1), 0))
+        tl.store(sums_ptr + number, tl.sum(p))

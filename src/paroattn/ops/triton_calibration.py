@@ -37,19 +37,15 @@ def triton_block_sums(q: Tensor, k: Tensor, orders: Tensor, scale: float) -> Ten
     check_device(q)
     from paroattn.ops import triton_block_sums as kernels
 
-    q, k, orders = q.contiguous(), k.contiguous(), orders.contiguous()
+    q, k = q.contiguous(), k.contiguous()
     tokens, head_dim = q.shape
     blocks = block_count(tokens, BLOCK)
     lse = q.new_empty(tokens, dtype=torch.float32)
     sums = q.new_empty((len(orders), blocks, blocks), dtype=torch.float32)
-    options: dict[str, Any] = {
-        "HEAD_DIM": head_dim,
-        "D": 64 if head_dim <= 64 else 128,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-    kernels.row_lse[(blocks,)](q, k, lse, scale, tokens, **options)
-    kernels.block_sums[(blocks, len(orders))](q, k, orders, lse, sums, scale, tokens, blocks, **options)
+    size: dict[str, Any] = {"HEAD_DIM": head_dim, "D": 64 if head_dim <= 64 else 128}
+    kernels.row_lse[(blocks,)](q, k, lse, scale, tokens, **size)
+    reordered = (x.index_select(0, orders.flatten()) for x in (q, k, lse))
+    kernels.block_sums[(blocks, len(orders))](*reordered, sums, scale, tokens, blocks, **size)
     return sums
 
 
