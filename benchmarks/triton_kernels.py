@@ -229,7 +229,7 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
-_COMMON = (("int8", "int8"), ("int8", "fp8"), ("int8", "16"), ("16", "16"))
+_COMMON = (("int8", "int8"), ("int8", "fp8"), ("16", "16"))
 _VARIANTS = ({}, {"sparse": False}, {"compensate": True}, {"biased": True})
 
 

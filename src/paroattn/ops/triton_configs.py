@@ -93,9 +93,10 @@ def _table(target: str, kind: Kind) -> Config:
     return Config(4 if four else 8, 2, swapped=swapped, asm=asm)
 
 
-def dense_block_q(target: str, head_dim: int, pv: str, tokens: int) -> int:
-    """Queries per program where there is no mask; head_dim and pv as in `Kind`."""
-    return 64 if tokens <= 64 or (target == "sm90" and head_dim == 128 and pv != "16") else 128
+def dense_block_q(target: str, head_dim: int, qk: str, pv: str, tokens: int) -> int:
+    """Queries per program where there is no mask; head_dim, qk and pv as in `Kind`."""
+    short = target == "sm90" and head_dim == 128 and (qk == pv or pv != "16")  # measured
+    return 64 if tokens <= 64 or short else 128
 
 
 def target_of(device: torch.device) -> str | None:

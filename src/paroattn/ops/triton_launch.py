@@ -128,7 +128,7 @@ class _Call:
     ) -> Tensor | None:
         """Fill these heads of output and lse; returns the visited blocks if they are to be counted."""
         if self.mask is None:
-            self.block_q = dense_block_q(self.target, self.width, _width_of(pv), self.tokens)
+            self.block_q = dense_block_q(self.target, self.width, _width_of(qk), _width_of(pv), self.tokens)
             self.q_blocks = block_count(self.tokens, self.block_q)
         slots, packs = len(heads), self.batch * len(heads)
         head_numbers = _on_device(heads, self.query.device)
