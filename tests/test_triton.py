@@ -11,7 +11,7 @@ from test_attention import inputs
 
 import paroattn
 from paroattn import Precision
-from paroattn.ops import backend, triton_attention, triton_configs
+from paroattn.ops import backend, triton_attention, triton_calibration, triton_configs
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.triton_configs import Config, Kind
 
@@ -36,9 +36,8 @@ def test_without_a_gpu_the_call_says_so_in_one_line():
     arguments = (query, key, value, None, None, 64, None, None, None, None, "", "int8,int8", "int8,int8", 0.1)
     with pytest.raises(ValueError, match="torch sees no GPU"):
         torch.ops.paroattn.triton_attention(*arguments)
-    orders = torch.arange(10, dtype=torch.int32).unsqueeze(0)
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        torch.ops.paroattn.triton_block_sums(query[0, 0], key[0, 0], orders, 0.1)
+        triton_calibration.block_sums(query[0, 0], key[0, 0], [torch.arange(10)], 0.1)
     assert paroattn.backends()["triton"] == "torch sees no GPU"
 
 
