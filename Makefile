@@ -3,7 +3,7 @@ PYTHON ?= python3
 CXX ?= g++
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize
+.PHONY: demo test lint sanitize kernels
 
 demo: .venv/installed
 	$(BIN)/paroattn demo
@@ -24,6 +24,10 @@ sanitize: .venv/installed
 	ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH="build/sanitized:$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
 	$(BIN)/python -S -m pytest -s -k "not memory and not compiled_part" tests/test_cpu.py
+
+# Every Triton kernel in every variant for every target, ahead of time; `make test` compiles the common ones.
+kernels: .venv/installed
+	$(BIN)/python benchmarks/triton_kernels.py --all
 
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.
 .venv/installed: pyproject.toml constraints.txt $(wildcard csrc/*)

@@ -186,8 +186,8 @@ def test_a_scheduler_replaced_afterwards_is_refused():
     [
         ({}, "either a plan or a precision; got neither"),
         ({"precision": "int7"}, "int7"),
-        ({"precision": "int8", "backend": "cuda"}, "'cuda' is unknown; expected 'auto' or one of 'cpu', 'reference'"),
-        ({"precision": "fp8"}, "not available in backend"),
+        ({"precision": "int8", "backend": "cuda"}, "'cuda' is unknown; expected 'auto' or one of 'triton', 'cpu', "),
+        ({"precision": "fp8"}, "cannot do this: query and key are multiplied"),
     ],
 )
 def test_bad_arguments_leave_the_pipeline_alone(pipe, full, arguments, message):

@@ -313,7 +313,7 @@ def test_inference_only():
         ({"block_mask": torch.zeros(2, 2, 2, dtype=torch.bool)}, "block_mask keeps no block in row 0 of head 0"),
         ({"precision": "int2"}, "precision qk is 'int2'"),
         ({"precision": ["int8"] * 3}, "expected one str or Precision, or 2 of them"),
-        ({"precision": "fp8"}, "precision 'fp8' is not available in backend 'reference'"),
+        ({"precision": "fp8"}, "backend 'reference' cannot do this: query and key are multiplied in int8, int4 or"),
         ({"compensate": [True]}, "compensate is"),
         ({"key_mask": torch.ones(1, 69, dtype=torch.bool)}, "key_mask is"),
         ({"scale": float("nan")}, "scale is nan"),

@@ -1,6 +1,8 @@
 """`paroattn bench attention`: its masks, its check and its records."""
 
+import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ import paroattn
 from paroattn.cli import main
 from paroattn.evaluation import bench
 from paroattn.evaluation.bench import Contender, Shape, bench_attention
+from paroattn.evaluation.floors import gpu_floors
+from paroattn.evaluation.peers import Peer, sdpa
+from paroattn.quantize import Precision
 
 
 def test_masks_have_exactly_the_wanted_density_and_keep_the_diagonal():
-    inputs = bench._Inputs(Shape(tokens=64 * 20, heads=3, head_dim=4), seed=0)
+    inputs = bench._Inputs(Shape(tokens=64 * 20, heads=3, head_dim=4), 0, torch.device("cpu"))
     mask = inputs.mask(0.3, unequal=False)
     assert mask.sum((1, 2)).tolist() == [120] * 3
     assert mask.diagonal(dim1=1, dim2=2).all()
@@ -41,6 +46,9 @@ def test_records_say_what_was_measured_where():
         assert {"machine", "threads", "versions", "commit"} <= record.keys()
         assert (record["error"] is None) == (record["method"] == "sdpa")
         assert record["compensate"] is False
+        work = 4e-12 * 2 * 130**2 * 16 * record["density"]
+        assert record["tflops"] == pytest.approx(work / record["median_ms"] * 1000)
+        assert record["matrix_floor_ms"] is None
 
 
 def test_compensation_is_timed_beside_the_same_without():
@@ -53,7 +61,7 @@ def test_compensation_is_timed_beside_the_same_without():
 
 
 def test_the_check_knows_what_compensation_computes():
-    inputs = bench._Inputs(Shape(200, 2, 16), seed=0)
+    inputs = bench._Inputs(Shape(200, 2, 16), 0, torch.device("cpu"))
     mask = inputs.mask(0.5, unequal=False)
     tensors = inputs.tensors[torch.float32]
     arguments = {"permutation": inputs.order, "block_mask": mask}
@@ -95,6 +103,11 @@ def test_the_command_times_compensation_when_asked():
         (["--densities", "0"], "density is 0.0"),
         (["--precisions", "int9"], "precision qk is 'int9'"),
         (["--backend", "magic"], "backend 'magic' is unknown"),
+        pytest.param(
+            ["--backend", "triton"],
+            "backend 'triton' cannot do this: torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
     ],
 )
 def test_bad_arguments_end_with_one_line(arguments, message):
@@ -102,3 +115,38 @@ def test_bad_arguments_end_with_one_line(arguments, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_masks_may_have_rows_of_128_queries():
+    inputs = bench._Inputs(Shape(300, 2, 16), 0, torch.device("cpu"), block_q=128)
+    mask = inputs.mask(0.6, unequal=False)
+    assert mask.shape == (2, 3, 5)
+    tensors = inputs.tensors[torch.float32]
+    block_mask = paroattn.BlockMask.from_dense(mask, 300, 128)
+    output = paroattn.attention(*tensors, permutation=inputs.order, block_mask=block_mask)
+    assert inputs._error(output, tensors, mask, compensate=False) < 1e-6
+
+
+def test_floors_are_those_of_the_gpu(monkeypatch):
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_755_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    found = gpu_floors(Precision.parse("int8/exact"), 2 * 48 * 17_776**2, 64, torch.device("cuda"))
+    assert found["exp2_floor_ms"] == pytest.approx(8.18, abs=0.01)  # docs/gpu.md
+    assert found["matrix_floor_ms"] == pytest.approx(
+        2 * 30.34e9 * 64 / (132 * 1.755e6) * (1 / 8192 + 1 / 4096), rel=1e-3
+    )
+    hopper.major = 7
+    assert gpu_floors(Precision(), 1.0, 64, torch.device("cuda"))["matrix_floor_ms"] is None
+
+
+def test_peers_that_are_missing_or_refuse_are_left_out(caplog):
+    def refuse(*_):
+        raise RuntimeError("no kernel for this\nand a long story")
+
+    tensors = [torch.zeros(1, 1, 4, 4)] * 3
+    assert Peer("missing", "no_such_package", None, refuse).call(*tensors, None) is None
+    assert not caplog.records
+    assert Peer("refusing", "torch", None, refuse).call(*tensors, None) is None
+    assert caplog.messages == ["refusing is left out: no kernel for this"]
+    found = Peer("math", "torch", None, functools.partial(sdpa, "MATH")).call(*tensors, None)
+    assert torch.equal(found(), tensors[0])

@@ -187,9 +187,9 @@ def test_a_captured_graph_follows_the_step():
     device = torch.device("cuda", 0)
     pipe = MODEL.pipe().to(device)
     plan = sparse_plan(pipe, buckets=2)
-    own = operators.Operators(plan, [], "auto")
-    ready = own.ready(0, device, torch.float32, None)
-    query, key, value = torch.randn(3, 1, MODEL.grid.tokens, 2, 16, device=device)
+    own = operators.Operators(plan, [], "triton")
+    ready = own.ready(0, device, torch.bfloat16, None)
+    query, key, value = torch.randn(3, 1, MODEL.grid.tokens, 2, 16, device=device, dtype=torch.bfloat16)
 
     def call():
         return ready.call(query, key, value, step=ready.bucket)

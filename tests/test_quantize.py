@@ -98,3 +98,20 @@ def test_precision_is_parsed_from_what_str_writes(precision):
 def test_unknown_precision_lists_the_formats(value):
     with pytest.raises(ValueError, match="exact, bf16, int8, int4, fp8"):
         Precision.parse(value)
+
+
+@pytest.mark.parametrize("quantize", [quantize_tokens, quantize_channels])
+def test_fp8_fills_its_range_and_errs_by_at_most_a_sixteenth(quantize):
+    x = random(2, 130, 9)
+    quantized = quantize(x, "fp8")
+    assert torch.equal(quantized.values, quantized.values.to(torch.float8_e4m3fn).float())
+    assert quantized.values.abs().max() == 448
+    error = (quantized.values * quantized.scale - x).abs()
+    assert (error <= x.abs() / 16 + 2**-10 * quantized.scale).all()  # 3 bits of mantissa; subnormal steps of 2^-9
+
+
+def test_fp8_probabilities_have_a_fixed_scale():
+    p = torch.rand(1, 4, 2, 64, generator=torch.Generator().manual_seed(0))
+    quantized = quantize_probabilities(p, "fp8", PQuantization())
+    assert torch.equal(quantized.scale, torch.full((1, 1, 1, 1), 1 / 256).expand_as(quantized.scale))
+    assert ((quantized.values * quantized.scale - p).abs() <= p / 16 + 2**-18).all()

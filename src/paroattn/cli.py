@@ -427,6 +427,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     epilog=_examples(
         "paroattn bench attention --tokens 17776 --heads 2 --head-dim 64 --densities 1,0.5,0.3,0.2",
         "paroattn bench attention --tokens 4096 --precisions bf16,int8 --output attention.jsonl",
+        "paroattn bench attention --backend triton --tokens 17776 --heads 24 --precisions exact,int8,int8/fp8",
     ),
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Sequence length.")
@@ -438,16 +439,25 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--unequal", is_flag=True, help="Let the heads' densities differ by up to a factor of three.")
 @click.option("--compensate", is_flag=True, help="Also with skipped blocks approximated by their means.")
 @click.option("--flex/--no-flex", default=True, show_default=True, help="Also time compiled FlexAttention.")
+@click.option("--block-q", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Queries per block.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the records to this file.")
 @_seed_option
 @_backend_option
 @click.option("--json", "as_json", is_flag=True, help="Print the records, one JSON line each.")
 def bench_attention(
-    tokens: int, heads: int, head_dim: int, precisions: str, output: Path | None, as_json: bool, **settings: Any
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    precisions: str,
+    block_q: str,
+    output: Path | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Time attention on random inputs with random masks, after a check against float64.
 
-    Medians of interleaved rounds; ratios are to the faster of SDPA in fp32 and bf16, round by round.
+    Medians of interleaved rounds; ratios are to the fastest dense attention, round by round: on a CPU SDPA in fp32 and
+    bf16; on a GPU, in bf16, SDPA's kernels and the packages that are installed.
     """
     from paroattn.evaluation.bench import Shape
     from paroattn.evaluation.bench import bench_attention as run
@@ -456,7 +466,7 @@ def bench_attention(
 
     shape = Shape(tokens, heads, head_dim)
     try:
-        records = run(shape, precisions=precisions.split(","), progress=not as_json, **settings)
+        records = run(shape, precisions=precisions.split(","), block_q=int(block_q), progress=not as_json, **settings)
     except ArithmeticError as error:
         raise click.ClickException(str(error)) from error
     if output is not None:
@@ -469,7 +479,8 @@ def bench_attention(
     console = _console()
     console.print(attention_table(records))
     used = {record["backend"] for record in records if record["backend"]}
-    console.print(f"{first['machine']}, {first['threads']} threads; paroattn on: {', '.join(sorted(used))}")
+    machine = first.get("gpu") or f"{first['machine']}, {first['threads']} threads"
+    console.print(f"{machine}; paroattn on: {', '.join(sorted(used))}")
     if output is not None:
         console.print(f"records: {output}", soft_wrap=True)
 

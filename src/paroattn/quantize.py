@@ -11,7 +11,9 @@ from torch import Tensor
 NumberFormat = Literal["exact", "bf16", "int8", "int4", "fp8"]
 FORMATS = ("exact", "bf16", "int8", "int4", "fp8")
 GROUP = 64  # tokens of q and of k that share one scale, whatever the block size of the mask
-_BITS = {"int8": 8, "int4": 4}
+_INTEGERS = ("int8", "int4")
+_LARGEST = {"int8": 127, "int4": 7, "fp8": 448}  # numbers of formats that need a scale; fp8 is e4m3
+_FP8_P_STEPS = 256  # P in [0, 1] in fp8 is held as a multiple of 1 / 256
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Precision:
         pv: format of the attention probabilities and the value in PV.
 
     "exact" is float32 arithmetic (16-bit products with float32 sums for bfloat16 input), "bf16" rounds the operands to
-    bfloat16, "int8" and "int4" quantise them (paper, section 4.3), "fp8" exists where a backend has it.
+    bfloat16, "int8" and "int4" quantise them (paper, section 4.3), "fp8" scales and rounds them to e4m3 (PV only).
 
     Example:
         >>> Precision.parse("int8")
@@ -69,14 +71,19 @@ class PQuantization:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Integers held in floating point, with the scale that turns them back: `values * scale`."""
+    """Numbers of a format held in floating point, with the scale that turns them back: `values * scale`."""
 
     values: Tensor
     scale: Tensor
 
 
 def is_integer(number_format: str) -> bool:
-    return number_format in _BITS
+    return number_format in _INTEGERS
+
+
+def is_scaled(number_format: str) -> bool:
+    """Whether numbers need a scale to fit the format."""
+    return number_format in _LARGEST
 
 
 def rotate_channels(x: Tensor) -> Tensor:
@@ -93,31 +100,32 @@ def rotate_channels(x: Tensor) -> Tensor:
 
 
 def quantize_tokens(x: Tensor, number_format: NumberFormat) -> Quantized:
-    """Round x [B, N, D] to a format; integers get one symmetric scale per group of `GROUP` tokens.
+    """Round x [B, N, D] to a format; scaled formats get one symmetric scale per group of `GROUP` tokens.
 
     Returns:
-        values [B, N, D] and scale [B, N, 1] (repeated inside a group; 1 for the floating-point formats).
+        values [B, N, D] and scale [B, N, 1] (repeated inside a group; 1 for "exact" and "bf16").
     """
-    if not is_integer(number_format):
+    if not is_scaled(number_format):
         return Quantized(round_to(x, number_format), torch.ones_like(x[..., :1]))
     groups = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % GROUP)).unflatten(-2, (-1, GROUP))
     scale = _symmetric_scale(groups.abs().amax((-2, -1), keepdim=True), number_format)
     per_token = scale.expand(*groups.shape[:-1], 1).flatten(-3, -2)[..., : x.shape[-2], :]
-    return Quantized((x / per_token).round(), per_token)
+    return Quantized(round_to(x / per_token, number_format), per_token)
 
 
 def quantize_channels(x: Tensor, number_format: NumberFormat) -> Quantized:
-    """Round x [B, N, D] to a format; integers get one scale per channel: values [B, N, D], scale [B, 1, D]."""
-    if not is_integer(number_format):
+    """Round x [B, N, D] to a format; scaled formats get one scale per channel: values [B, N, D], scale [B, 1, D]."""
+    if not is_scaled(number_format):
         return Quantized(round_to(x, number_format), torch.ones_like(x[..., :1, :]))
     scale = _symmetric_scale(x.abs().amax(-2, keepdim=True), number_format)
-    return Quantized((x / scale).round(), scale)
+    return Quantized(round_to(x / scale, number_format), scale)
 
 
 def quantize_probabilities(p: Tensor, number_format: NumberFormat, how: PQuantization) -> Quantized:
     """Round P [B, rows, blocks, block_kv], values in [0, 1]: same shape, scale [B, 1 or rows, blocks, 1]."""
     if not is_integer(number_format):
-        return Quantized(round_to(p, number_format), torch.ones_like(p[:, :1, :, :1]))
+        scale = torch.ones_like(p[:, :1, :, :1]) / (_FP8_P_STEPS if number_format == "fp8" else 1)
+        return Quantized(round_to(p / scale, number_format), scale)
     steps = how.steps if number_format == "int8" else how.steps // 16
     if how.granularity == "fixed":
         largest = torch.ones_like(p[:, :1, :, :1])
@@ -128,12 +136,15 @@ def quantize_probabilities(p: Tensor, number_format: NumberFormat, how: PQuantiz
 
 
 def round_to(x: Tensor, number_format: NumberFormat) -> Tensor:
-    """X after one rounding to a floating-point format, in x's dtype."""
-    return x.to(torch.bfloat16).to(x.dtype) if number_format == "bf16" else x
+    """X after one rounding to a format, in x's dtype; integers and fp8 are scaled already."""
+    if is_integer(number_format):
+        return x.round()
+    dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return x.to(dtypes[number_format]).to(x.dtype) if number_format in dtypes else x
 
 
 def _symmetric_scale(largest: Tensor, number_format: NumberFormat) -> Tensor:
-    return _scale(largest, 2 ** (_BITS[number_format] - 1) - 1)
+    return _scale(largest, _LARGEST[number_format])
 
 
 def _scale(largest: Tensor, steps: int) -> Tensor:

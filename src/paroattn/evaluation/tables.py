@@ -54,9 +54,12 @@ def attention_table(records: Sequence[Record]) -> Table:
     first = records[0]
     size = f"{first['tokens']:,} tokens, {first['heads']} heads, head_dim {first['head_dim']}"
     table = Table("method", title=f"{size}; {first['rounds']} rounds")
-    for column in ("density", "error", "median (ms)", "spread (ms)", "x SDPA"):
+    columns = ["density", "error", "median (ms)", "spread (ms)", "x SDPA", "TFLOP/s"]
+    floors = first.get("matrix_floor_ms") is not None
+    for column in columns + ["matrix floor (ms)", "exp2 floor (ms)"] * floors:
         table.add_column(column, justify="right")
     for record in records:
+        limits = [record["matrix_floor_ms"], record["exp2_floor_ms"]] if floors else []
         table.add_row(
             f"{record['method']} {record['precision']}"
             + (", compensated" if record["compensate"] else "")
@@ -66,6 +69,8 @@ def attention_table(records: Sequence[Record]) -> Table:
             f"{record['median_ms']:.2f}",
             f"{record['spread_ms']:.2f}",
             f"{record['times_sdpa']:.2f}",
+            f"{record['tflops']:.1f}",
+            *(f"{limit:.2f}" for limit in limits),
         )
     return table
 

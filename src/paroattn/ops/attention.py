@@ -115,6 +115,7 @@ def attention(
         backend,
         precisions,
         device=query.device,
+        dtype=query.dtype,
         block_shape=(BLOCK, BLOCK) if block_mask is None else (block_mask.block_q, block_mask.block_kv),
     )
     output, lse = chosen.attend(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, BlockMask
-from paroattn.ops import cpu, reference
+from paroattn.ops import cpu, reference, triton_attention
 from paroattn.quantize import Precision
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,14 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None if it can."""
 
-    def unsupported(self, device: torch.device | None, block_shape: tuple[int, int]) -> str | None:
-        """What of a call it does not do, or None; no device means that the tensors are not known yet."""
+    def unsupported(
+        self,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        precisions: Sequence[Precision],
+        block_shape: tuple[int, int],
+    ) -> str | None:
+        """What of a call it does not do, or None; no device or dtype means that the tensors are not known yet."""
 
     def attend(
         self,
@@ -50,7 +56,8 @@ class Backend(Protocol):
         """
 
 
-_BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}  # "auto" tries them in this order
+# "auto" tries them in this order.
+_BACKENDS: dict[str, Backend] = {"triton": triton_attention, "cpu": cpu, "reference": reference}
 
 
 def backends() -> dict[str, str]:
@@ -68,6 +75,7 @@ def choose_backend(
     precisions: Sequence[Precision],
     *,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     block_shape: tuple[int, int] = (BLOCK, BLOCK),
 ) -> Backend:
     """The backend module for a kind of call; "auto" takes the first one that does it and says which, once.
@@ -80,13 +88,13 @@ def choose_backend(
             raise ValueError(
                 f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}"
             )
-        reason = _refusal(name, precisions, device, block_shape)
+        reason = _refusal(name, precisions, device, dtype, block_shape)
         if reason:
             raise ValueError(reason)
         return _BACKENDS[name]
     reasons: list[str] = []
     for candidate in _BACKENDS:
-        reason = _refusal(candidate, precisions, device, block_shape)
+        reason = _refusal(candidate, precisions, device, dtype, block_shape)
         if not reason:
             if not torch.compiler.is_compiling():
                 _log_choice(candidate, "; ".join(reasons))
@@ -99,10 +107,11 @@ def _refusal(
     name: str,
     precisions: Sequence[Precision],
     device: torch.device | None,
+    dtype: torch.dtype | None,
     block_shape: tuple[int, int],
 ) -> str | None:
     backend = _BACKENDS[name]
-    reason = backend.unavailable() or backend.unsupported(device, block_shape)
+    reason = backend.unavailable() or backend.unsupported(device, dtype, precisions, block_shape)
     if reason:
         return f"backend {name!r} cannot do this: {reason}"
     for precision in precisions:

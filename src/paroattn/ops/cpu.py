@@ -53,7 +53,12 @@ def usable_capabilities() -> tuple[str, ...]:
     return _cpu.CAPABILITIES[: _cpu.CAPABILITIES.index(_cpu.best_capability()) + 1]
 
 
-def unsupported(device: torch.device | None, block_shape: tuple[int, int]) -> str | None:
+def unsupported(
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    precisions: Sequence[Precision],
+    block_shape: tuple[int, int],
+) -> str | None:
     """What of a call this backend does not do, or None."""
     if device is not None and device.type != "cpu":
         return f"the tensors are on {device}; it takes tensors on the CPU"

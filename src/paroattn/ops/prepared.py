@@ -66,7 +66,7 @@ class PreparedAttention:
         backend: str,
     ):
         check_layout(tensor_layout)
-        choose_for_layer(backend, layer_plan, device)
+        choose_for_layer(backend, layer_plan, device, dtype)
         self.layer_plan = layer_plan
         self.device = device
         self.dtype = dtype
@@ -169,7 +169,14 @@ def _attend(
         orders = None if orders is None else orders_for(orders, grid, tokens - visual)
         if mask_table is not None:
             block_mask = BlockMask(masks_for(mask_table, grid, tokens - visual, *block_shape), tokens, *block_shape)
-    return choose_backend(backend, chosen, device=query.device, block_shape=(block_shape[0], block_shape[1])).attend(
+    implementation = choose_backend(
+        backend,
+        chosen,
+        device=query.device,
+        dtype=query.dtype,
+        block_shape=(block_shape[0], block_shape[1]),
+    )
+    return implementation.attend(
         query,
         key,
         value,
@@ -190,12 +197,15 @@ def _(query: Tensor, *_: object) -> Tensor:
     return torch.empty_like(query)
 
 
-def choose_for_layer(name: str, layer_plan: LayerPlan, device: torch.device | None = None) -> Backend:
+def choose_for_layer(
+    name: str, layer_plan: LayerPlan, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Backend:
     """The backend of that name for a layer, as `choose_backend`; without a device, what can be known before a call."""
     return choose_backend(
         name,
         layer_plan.precisions,
         device=device,
+        dtype=dtype,
         block_shape=(layer_plan.block_q, layer_plan.block_kv),
     )
 

@@ -19,13 +19,14 @@ from paroattn.quantize import (
     PQuantization,
     Precision,
     is_integer,
+    is_scaled,
     quantize_channels,
     quantize_probabilities,
     quantize_tokens,
     rotate_channels,
 )
 
-FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
+FORMATS = frozenset(("exact", "bf16", "int8", "int4", "fp8"))
 
 
 def describe() -> str:
@@ -37,8 +38,16 @@ def unavailable() -> None:
     """It runs everywhere."""
 
 
-def unsupported(device: torch.device | None, block_shape: tuple[int, int]) -> None:
-    """It does everything."""
+def unsupported(
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    precisions: Sequence[Precision],
+    block_shape: tuple[int, int],
+) -> str | None:
+    """What of a call it does not do, or None."""
+    if any(precision.qk == "fp8" for precision in precisions):
+        return "query and key are multiplied in int8, int4 or floating point of 16 bits and more, not in fp8"
+    return None
 
 
 def attend(
@@ -115,7 +124,7 @@ def _attend_head(
     if precision.qk == "int4":
         q, k = rotate_channels(q), rotate_channels(k)
     v_mean = torch.zeros_like(v[:, :1])
-    if is_integer(precision.pv):
+    if is_scaled(precision.pv):
         v_mean = v.mean(1, keepdim=True)
         v = v - v_mean  # the rows of P sum to 1: the output gets the mean back
     q_int, k_int, v_int = (

@@ -1,0 +1,114 @@
+"""How the attention forward is compiled: one table by target, formats and shape instead of tuning at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
+FP8_TARGETS = ("sm89", "sm90", "sm100", "sm120")
+SHARED_MEMORY = {  # bytes that one program may use
+    "sm80": 163 * 1024,
+    "sm86": 99 * 1024,
+    "sm89": 99 * 1024,
+    "sm90": 227 * 1024,
+    "sm100": 227 * 1024,
+    "sm120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes compiled forwards of a target.
+
+    Attributes:
+        head_dim: 64 or 128, to which heads are padded.
+        block_q: queries per program, 64 or 128.
+        qk: "int8" or "16" (bit).
+        pv: "int8", "fp8" or "16".
+    """
+
+    head_dim: int
+    block_q: int
+    qk: str
+    pv: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """Choices that change how fast the forward is, not what it computes.
+
+    Attributes:
+        num_warps, num_stages: Triton's.
+        width: kept keys per step: 64, or 128 for two blocks at a time.
+        swapped: keys are stored so that P becomes an 8-bit operand without moving between threads.
+        asm: P is rounded to int8 by inline PTX.
+    """
+
+    num_warps: int
+    num_stages: int
+    width: int = 64
+    swapped: bool = False
+    asm: bool = False
+
+
+OVERRIDES: dict[tuple[str, Kind], Config] = {}
+"""Entries that replace the table's: `OVERRIDES["sm90", Kind(64, 128, "int8", "int8")] = Config(4, 3, width=128)`."""
+
+
+def kinds(target: str) -> list[Kind]:
+    """Everything that is shipped for a target."""
+    values = ("int8", "fp8", "16") if target in FP8_TARGETS else ("int8", "16")
+    return [
+        Kind(head_dim, block_q, qk, pv)
+        for head_dim in (64, 128)
+        for block_q in (64, 128)
+        for qk in ("int8", "16")
+        for pv in values
+    ]
+
+
+def config(target: str, kind: Kind) -> Config:
+    """The entry of `OVERRIDES`, or else of the table."""
+    return OVERRIDES.get((target, kind)) or _table(target, kind)
+
+
+def _table(target: str, kind: Kind) -> Config:
+    eight_bit = kind.pv != "16"
+    swapped = eight_bit and target not in ("sm100", "gfx942")  # whose registers are laid out otherwise
+    asm = kind.pv == "int8" and target != "gfx942"
+    if target == "sm90":  # chosen by measurements on an H100; the others' are compiled, not measured
+        warps = 8 if kind.head_dim == 128 and kind.block_q == 128 else 4
+        if kind.head_dim == 64 and kind.block_q == 128:
+            return Config(warps, 3, 128, swapped, asm)
+        if kind.qk == "int8" and eight_bit:
+            return Config(warps, 3, 128, swapped, asm)
+        if kind.head_dim == 64 and kind.qk == kind.pv:
+            return Config(warps, 2, 128, swapped, asm)
+        return Config(warps, 3, 64, swapped, asm)
+    # Four warps of 64 x 128 queries in 16 bits would spill where registers hold the operands.
+    four = kind.block_q == 64 and (kind.head_dim == 64 or kind.qk == "int8" or target in ("sm100", "gfx942"))
+    return Config(4 if four else 8, 2, swapped=swapped, asm=asm)
+
+
+def dense_block_q(target: str, head_dim: int, qk: str, pv: str, tokens: int) -> int:
+    """Queries per program where there is no mask; head_dim, qk and pv as in `Kind`."""
+    short = target == "sm90" and head_dim == 128 and (qk == pv or pv != "16")  # measured
+    return 64 if tokens <= 64 or short else 128
+
+
+def target_of(device: torch.device) -> str | None:
+    """The table's target for a GPU, or None if there is none."""
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return "gfx942" if name in ("gfx940", "gfx941", "gfx942") else None
+    return nearest_target(*torch.cuda.get_device_capability(device))
+
+
+def nearest_target(major: int, minor: int) -> str | None:
+    """The table's newest target of the same generation that is not newer than this compute capability."""
+    known = [int(name[2:]) for name in TARGETS if name.startswith("sm")]
+    usable = [number for number in known if number <= 10 * major + minor and number // 10 == major]
+    return f"sm{max(usable)}" if usable else None

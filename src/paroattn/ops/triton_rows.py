@@ -1,0 +1,70 @@
+"""Device functions that the Triton kernels share: rows of q, k, v in a head's order, and rounding."""
+
+import triton
+import triton.language as tl
+
+INT8_MAX = tl.constexpr(127.0)
+FP8_MAX = tl.constexpr(448.0)  # of e4m3
+TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: no scale is zero
+_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
+
+
+@triton.jit
+def stored_token(row, SWAPPED: tl.constexpr):
+    """Which token of a block a row of its packed keys holds.
+
+    With SWAPPED, bits 3 to 0 of the row, g t1 t0 b, are bits t1 t0 g b of the token. The product QK^T then leaves each
+    thread four columns of P that are neighbours among the tokens: what an 8-bit operand of PV needs from it.
+    """
+    if SWAPPED:
+        low = row % 16
+        return row - low + ((low // 2) % 4) * 4 + (low // 8) * 2 + low % 2
+    else:
+        return row
+
+
+@triton.jit
+def load_rows(
+    x_ptr, stride_n, tokens, valid, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr
+):
+    """Rows [R, D] of x [N, HEAD_DIM] at `tokens` [R], float32; zeros where `valid` [R] is false and beyond HEAD_DIM.
+
+    ROTARY "interleaved" or "halves" turns each pair of channels by the angle whose cosine and sine are in
+    cos, sin float32 [N, HEAD_DIM / 2]; None does not.
+    """
+    channel = tl.arange(0, D)
+    start = x_ptr + tokens.to(tl.int64)[:, None] * stride_n
+    if HEAD_DIM == D:
+        mask = valid[:, None]
+    else:
+        mask = valid[:, None] & (channel < HEAD_DIM)[None, :]
+    x = tl.load(start + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ROTARY is not None:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        if ROTARY == "interleaved":
+            partner = channel ^ 1
+            pair = channel // 2
+            sign = tl.where(channel % 2 == 0, -1.0, 1.0)
+        else:
+            partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+            pair = channel % HALF
+            sign = tl.where(channel < HALF, -1.0, 1.0)
+        other = tl.load(start + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+        angle = tokens[:, None] * HALF + pair[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+        x = x * cos + other * sin * sign[None, :]
+    return x
+
+
+@triton.jit
+def to_int8(x):
+    """The nearest int8 of float32 x in [-127, 127], ties to even."""
+    return (x + _ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def quantize_tile(x):
+    """A tile [64, D] float32 as int8 with one scale: values and scale."""
+    scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) / INT8_MAX, TINY)
+    return to_int8(x / scale), scale

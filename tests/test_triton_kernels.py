@@ -1,0 +1,41 @@
+"""Every shipped configuration compiles ahead of time for every target; `make kernels` compiles all variants."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import triton_kernels  # noqa: E402
+
+from paroattn.ops import triton_configs  # noqa: E402
+from paroattn.ops.triton_configs import Config, Kind  # noqa: E402
+
+
+def test_the_common_formats_compile_for_every_target():
+    """Zero spills, the expected matrix instruction, shared memory within the target's."""
+    command = [sys.executable, BENCHMARKS / "triton_kernels.py"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, (
+        "\n".join(line for line in answer.stdout.splitlines() if "<-" in line) + answer.stderr
+    )
+
+
+@pytest.mark.parametrize(("pv", "limit"), [("int8", 9.0), ("fp8", 8.2)])
+def test_the_main_loop_on_hopper_is_short(pv, limit):
+    kind = Kind(64, 128, "int8", pv)
+    report = triton_kernels.forward_report("sm90", kind, triton_configs.config("sm90", kind))
+    assert 5 < report.per_score <= limit
+
+
+def test_faults_are_found():
+    """A configuration that spills, and one without its matrix instruction."""
+    kind = Kind(128, 128, "int8", "int8")
+    spilling = triton_kernels.forward_report("sm90", kind, Config(4, 3, 128, swapped=True, asm=True))
+    assert any("spills" in fault for fault in triton_kernels.faults("sm90", kind, spilling))
+    assert "no HGMMA" in triton_kernels.faults("sm90", Kind(128, 128, "16", "int8"), spilling)
+    assert any("shared memory" in fault for fault in triton_kernels.faults("sm86", kind, spilling))
