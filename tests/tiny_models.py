@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import PIL.Image
 import torch
 
 from paroattn import TokenGrid
@@ -107,6 +108,11 @@ def _wan_image_to_video():
         transformer_2=_wan_transformer(channels=12),
         boundary_ratio=0.8,
     )
+
+
+def _wan_image_arguments():
+    picture = PIL.Image.new("RGB", (96, 96), (200, 80, 40))
+    return {**_wan_arguments(), "image": picture}
 
 
 def _cogvideox():
@@ -415,6 +421,7 @@ def _sd3_arguments():
 
 
 WAN22 = TinyModel("wan2.2", _wan22, _wan_arguments, TokenGrid(6, 6, 6), layers=4)
+WAN22_IMAGE = TinyModel("wan2.2-i2v", _wan_image_to_video, _wan_image_arguments, TokenGrid(6, 6, 6), layers=4)
 COGVIDEOX = TinyModel("cogvideox", _cogvideox, _cogvideox_arguments, TokenGrid(4, 6, 8, 16, "prefix"), layers=2)
 HUNYUAN = TinyModel("hunyuan", _hunyuan, _hunyuan_arguments, TokenGrid(6, 6, 6, 20), layers=4)
 FLUX = TinyModel("flux", _flux, _flux_arguments, TokenGrid(1, 10, 14, 12, "prefix"), layers=5)
@@ -422,4 +429,4 @@ LTX = TinyModel("ltx", _ltx, _ltx_arguments, TokenGrid(3, 8, 8), layers=2)
 MOCHI = TinyModel("mochi", _mochi, _mochi_arguments, TokenGrid(5, 5, 6, 16), layers=2)
 QWEN = TinyModel("qwen", _qwen, _qwen_arguments, TokenGrid(1, 10, 14, 11, "prefix"), layers=2)
 SD3 = TinyModel("sd3", _sd3, _sd3_arguments, TokenGrid(1, 10, 14, 13), layers=5)
-MODELS = (WAN22, COGVIDEOX, HUNYUAN, FLUX, LTX, MOCHI, QWEN, SD3)
+MODELS = (WAN22, WAN22_IMAGE, COGVIDEOX, HUNYUAN, FLUX, LTX, MOCHI, QWEN, SD3)

@@ -125,7 +125,7 @@ def main() -> None:
 def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arguments: Any) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
-    Writes report.html with the videos (images) side by side. Takes about five minutes on two CPU cores.
+    Writes report.html with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
     """
     if image:
         model_arguments["model"] = IMAGE
