@@ -46,8 +46,10 @@ class ModelDescriptor:
     def grid(self, config: Any, arguments: Mapping[str, Any]) -> TokenGrid | None:
         """The token grid of a forward call, or None if its visual tokens are no single box."""
         box = self.box(config, arguments)
-        if box is None or self.text is None:
-            return None if box is None else TokenGrid(*box)
+        if box is None:
+            return None
+        if self.text is None:
+            return TokenGrid(*box)
         return TokenGrid(*box, arguments["encoder_hidden_states"].shape[1], self.text)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -149,16 +151,14 @@ def _attend(
     then a call may have any number of text tokens. Tables and indices as in `LayerPlan`; precisions with commas.
     """
     check_tensors(query, key, value, key_mask)
-    chosen = [Precision.parse(item) for item in precisions.split(",")]
+    chosen = _parsed(precisions)
     _check_shape(query, len(chosen), planned_tokens)
     tokens = query.shape[2]
-    block_mask = None
     bucket = step.reshape(1).long()
     # index_select reads the step on the device; indexing would ask for its value here.
-    if mask_table is not None:
-        if mask_index is not None:
-            mask_table = mask_table.index_select(0, mask_index.index_select(0, bucket)[0])
-        block_mask = BlockMask(mask_table, tokens, *block_shape)
+    masks = mask_table
+    if masks is not None and mask_index is not None:
+        masks = masks.index_select(0, mask_index.index_select(0, bucket)[0])
     if compensate is not None:
         compensate = compensate.index_select(0, bucket)[0]
     if orders is not None and order_index is not None:
@@ -167,8 +167,7 @@ def _attend(
         visual, text, position = planned_tokens
         grid = TokenGrid(1, 1, visual, text, "prefix" if position == 1 else "suffix")
         orders = None if orders is None else orders_for(orders, grid, tokens - visual)
-        if mask_table is not None:
-            block_mask = BlockMask(masks_for(mask_table, grid, tokens - visual, *block_shape), tokens, *block_shape)
+        masks = None if masks is None else masks_for(masks, grid, tokens - visual, *block_shape)
     implementation = choose_backend(
         backend,
         chosen,
@@ -181,12 +180,18 @@ def _attend(
         key,
         value,
         permutation=None if orders is None else orders.expand(len(chosen), -1),
-        block_mask=block_mask,
+        block_mask=None if masks is None else BlockMask(masks, tokens, *block_shape),
         precisions=chosen,
         compensate=compensate,
         key_mask=key_mask,
         scale=checked_scale(scale, query.shape[3]),
     )[0]
+
+
+@functools.lru_cache
+def _parsed(precisions: str) -> tuple[Precision, ...]:
+    """The heads' precisions, read once and not in every call."""
+    return tuple(Precision.parse(item) for item in precisions.split(","))
 
 
 planned_attention = torch.library.custom_op("paroattn::planned_attention", _attend, mutates_args=())
