@@ -77,6 +77,37 @@ def attention_table(records: list[dict]) -> list[str]:
     ]
 
 
+def model_table(records: list[dict]) -> list[str]:
+    """A row per contender of each model."""
+    lines = [
+        "| model | tokens | layers | attention | density | step | x own | x fastest dense | share of attention |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        name = record["method"] + ("" if record["plan"] is None else f" {record['precision']}")
+        cells = (
+            record["model"] + (", compiled" if record["compiled"] else ""),
+            f"{record['tokens']:,}",
+            f"{record['layers']} of {record['model_layers']}",
+            name,
+            f"{record['density']:.3g}",
+            f"{record['median_ms']:.0f} ms",
+            f"{record['times_own']:.2f}x",
+            f"{record['times_dense']:.2f}x",
+            f"{record['attention_share']:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    first = records[0]
+    return [
+        *lines,
+        "",
+        f"One step of the transformer in {first['dtype']}, weights: {first['weights']}. Median of {first['rounds']} "
+        "interleaved rounds; speed is the median of the rounds' ratios. The share is that of the kernels of "
+        f"self-attention, without compiling. {first.get('gpu') or ''}{', ' if first.get('gpu') else ''}"
+        f"{surroundings(first)}.",
+    ]
+
+
 def ablation_table(records: list[dict]) -> list[str]:
     """PSNR of each method, a column per density (and precision), and paired differences to the paper's method."""
     places = list(dict.fromkeys((record["asked_density"], record["precision"]) for record in records))
@@ -124,7 +155,7 @@ def surroundings(record: dict) -> str:
     return f"{record['machine']}, {threads}; {versions}"
 
 
-KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table}
+KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table, "model": model_table}
 
 
 def updated(text: str) -> str:

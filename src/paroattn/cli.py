@@ -3,113 +3,40 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from paroattn.models import IMAGE, VIDEO
+from paroattn.cli_bench import bench
+from paroattn.cli_options import (
+    DENSITIES,
+    OneLineErrors,
+    backend_option,
+    comparison_options,
+    example_lines,
+    json_option,
+    load,
+    model_options,
+    new_console,
+    seed_option,
+)
+from paroattn.models import IMAGE
 from paroattn.plan import Plan
 
 _DEMO_PAIRS = 2
-_DENSITIES = (0.5, 0.3, 0.2)
 
 
-class _OneLineErrors(click.Group):
-    """Bad input ends with one line on stderr and exit code 2, without a traceback."""
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        try:
-            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            sys.exit(2)
-        except click.Abort:
-            click.echo("Interrupted.", err=True)
-            sys.exit(130)
-        except (click.ClickException, ValueError, OSError) as error:
-            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"Error: {' '.join(message.split())}", err=True)
-            sys.exit(2)
-
-
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _console() -> Console:
-    """Files and pipes have no width, and rich would take 80 columns, too few for our tables."""
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def _options(*decorators: Any) -> Any:
-    def decorate(command: Any) -> Any:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-_model_options = _options(
-    click.option(
-        "--model",
-        default=VIDEO,
-        show_default=True,
-        help="A bundled model's name (moving-digits, painted-digits), a diffusers pipeline folder, or a Hub name.",
-    ),
-    click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one."),
-    click.option("--height", type=int, help="Frame height in pixels; default: the model's."),
-    click.option("--width", type=int, help="Frame width in pixels; default: the model's."),
-    click.option("--frames", "num_frames", type=int, help="Number of frames; default: the model's."),
-    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps; default: the model's."),
-    click.option("--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."),
-)
-_comparison_options = _options(
-    click.option(
-        "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
-    ),
-    click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101."),
-    click.option(
-        "--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable."
-    ),
-    click.option(
-        "--density",
-        "densities",
-        multiple=True,
-        type=float,
-        default=_DENSITIES,
-        show_default=True,
-        help="Densities to compare at; repeatable.",
-    ),
-)
-_backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
-_seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
-
-
-def _load(model: str, device: str | None, **changes: Any) -> Any:
-    from diffusers.utils import logging as diffusers_logging
-
-    from paroattn.integrations.generation import load_model
-
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    return load_model(model, device=device, **changes)
-
-
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="paroattn")
 def main() -> None:
     """Faster attention for visual diffusion transformers: reordered tokens, skipped blocks, low precision."""
 
 
 @main.command(
-    epilog=_examples("paroattn demo", "paroattn demo --image --output-dir runs/image --steps 8"),
+    epilog=example_lines("paroattn demo", "paroattn demo --image --output-dir runs/image --steps 8"),
 )
 @click.option(
     "--output-dir",
@@ -119,9 +46,9 @@ def main() -> None:
     help="Where report.html, records.jsonl and the plan are written.",
 )
 @click.option("--image", is_flag=True, help="With the bundled image model instead of the video model.")
-@_model_options
-@_backend_option
-@_json_option
+@model_options
+@backend_option
+@json_option
 def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arguments: Any) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
@@ -129,13 +56,13 @@ def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arg
     """
     if image:
         model_arguments["model"] = IMAGE
-    model = _load(**model_arguments)
+    model = load(**model_arguments)
     calibration, pairs = _prompts(model, (), (), _DEMO_PAIRS)
-    _compare(model, calibration, pairs, _DENSITIES, (0.3,), (0.3,), output_dir, backend, as_json)
+    _compare(model, calibration, pairs, DENSITIES, (0.3,), (0.3,), output_dir, backend, as_json)
 
 
 @main.command(
-    epilog=_examples(
+    epilog=example_lines(
         "paroattn evaluate --output-dir runs/full",
         "paroattn evaluate --plan mine.safetensors --pairs 4",
         "paroattn evaluate --model folder --calibration-prompt 'a cat' --prompt 'a dog' --prompt 'a harbour'",
@@ -148,7 +75,7 @@ def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arg
     type=click.Path(path_type=Path),
     help="Plan file to evaluate instead of calibrating; repeatable.",
 )
-@_comparison_options
+@comparison_options
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -156,9 +83,9 @@ def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arg
     show_default=True,
     help="Where report.html, records.jsonl and the plans are written.",
 )
-@_model_options
-@_backend_option
-@_json_option
+@model_options
+@backend_option
+@json_option
 def evaluate(
     plans: tuple[Path, ...],
     pair_count: int,
@@ -172,7 +99,7 @@ def evaluate(
 ) -> None:
     """Measure how close PARO attention stays to full attention: the full matrix, or given plans."""
     loaded = [Plan.load(path) for path in plans]
-    model = _load(**model_arguments)
+    model = load(**model_arguments)
     calibration, pairs = _prompts(model, calibration_prompts, prompts, pair_count, need_calibration=not plans)
     if not plans:
         _compare(model, calibration, pairs, densities, densities, (0.3,), output_dir, backend, as_json)
@@ -185,12 +112,12 @@ def evaluate(
 
 
 @main.command(
-    epilog=_examples(
+    epilog=example_lines(
         "paroattn ablate --output-dir runs/ablation",
         "paroattn ablate --density 0.3 --pairs 2 --method paper --method ours",
     ),
 )
-@_comparison_options
+@comparison_options
 @click.option("--method", "methods", multiple=True, help="Only rows of this name; repeatable. Default: all.")
 @click.option(
     "--output-dir",
@@ -199,9 +126,9 @@ def evaluate(
     show_default=True,
     help="Where records.jsonl is written.",
 )
-@_model_options
-@_backend_option
-@_json_option
+@model_options
+@backend_option
+@json_option
 def ablate(
     pair_count: int,
     prompts: tuple[str, ...],
@@ -227,7 +154,7 @@ def ablate(
     for name in methods:
         if name not in ablation.METHODS:
             raise click.UsageError(f"method {name!r} is unknown; expected one of {', '.join(ablation.METHODS)}")
-    model = _load(**model_arguments)
+    model = load(**model_arguments)
     calibration, pairs = _prompts(model, calibration_prompts, prompts, pair_count)
     for prompt, _ in pairs:
         model.call_arguments(prompt)  # unknown words are found before minutes of calibration
@@ -241,13 +168,13 @@ def ablate(
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
-    console = _console()
+    console = new_console()
     console.print(ablation_table(records))
     console.print(f"records: {output_dir / 'records.jsonl'}", soft_wrap=True)
 
 
 @main.command(
-    epilog=_examples(
+    epilog=example_lines(
         "paroattn calibrate --prompt 'a slow red two over the cat' --density 0.3 --output digits.safetensors",
         "paroattn calibrate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt 'a cat' --output wan.safetensors",
     ),
@@ -279,8 +206,8 @@ def ablate(
     show_default=True,
     help="Plan file.",
 )
-@_seed_option
-@_model_options
+@seed_option
+@model_options
 def calibrate(
     prompts: tuple[str, ...],
     density: float | None,
@@ -304,7 +231,7 @@ def calibrate(
         check_density(density)
     target_of(target_psnr, target_speed_up, density=density)
     Precision.parse(precision)
-    model = _load(**model_arguments)
+    model = load(**model_arguments)
     calibration, _ = _prompts(model, prompts, ("unused",), 1)
     plan = calibrate_pipeline(
         model.pipe,
@@ -324,7 +251,7 @@ def calibrate(
 
 
 @main.command(
-    epilog=_examples(
+    epilog=example_lines(
         "paroattn generate --prompt 'a slow red two over the cat' --plan digits.safetensors --output two.mp4",
         "paroattn generate --prompt 'a slow red two over the cat' --precision int8 --output two.webp",
         "paroattn generate --model painted-digits --prompt 'a big red two over the cat left' --output two.png",
@@ -338,9 +265,9 @@ def calibrate(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Video file (.mp4, .webp or .gif), or image file (.png, .jpg or .webp); default: video.mp4, image.png.",
 )
-@_seed_option
-@_model_options
-@_backend_option
+@seed_option
+@model_options
+@backend_option
 def generate(
     prompt: str,
     plan_path: Path | None,
@@ -359,7 +286,7 @@ def generate(
     if output is not None:
         check_path(output)
     plan = Plan.load(plan_path) if plan_path else None
-    model = _load(**model_arguments)
+    model = load(**model_arguments)
     output = output or Path("image.png" if model.makes_images else "video.mp4")
     check_path(output, images=model.makes_images)
     applied = (
@@ -374,9 +301,9 @@ def generate(
     click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels")
 
 
-@main.command(epilog=_examples("paroattn inspect plan.safetensors", "paroattn inspect plan.safetensors --json"))
+@main.command(epilog=example_lines("paroattn inspect plan.safetensors", "paroattn inspect plan.safetensors --json"))
 @click.argument("path", type=click.Path(path_type=Path))
-@_json_option
+@json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show what a plan file holds."""
     plan = Plan.load(path)
@@ -398,7 +325,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**facts, "orders": orders, "head densities": densities}, indent=2))
         return
-    console = _console()
+    console = new_console()
     table = Table(show_header=False, title=str(path))
     for name, value in facts.items():
         shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
@@ -410,79 +337,7 @@ def inspect(path: Path, as_json: bool) -> None:
     console.print(heads)
 
 
-@main.group()
-def bench() -> None:
-    """Time the operator beside what PyTorch has."""
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(item) for item in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}; expected numbers separated by commas, such as 1,0.3") from None
-
-
-@bench.command(
-    "attention",
-    epilog=_examples(
-        "paroattn bench attention --tokens 17776 --heads 2 --head-dim 64 --densities 1,0.5,0.3,0.2",
-        "paroattn bench attention --tokens 4096 --precisions bf16,int8 --output attention.jsonl",
-        "paroattn bench attention --backend triton --tokens 17776 --heads 24 --precisions exact,int8,int8/fp8",
-    ),
-)
-@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Sequence length.")
-@click.option("--heads", type=click.IntRange(min=1), default=2, show_default=True, help="Attention heads.")
-@click.option("--head-dim", type=click.IntRange(1, 128), default=64, show_default=True, help="Channels per head.")
-@click.option("--densities", callback=_numbers, default="1,0.5,0.3,0.2", show_default=True, help="Shares of blocks.")
-@click.option("--precisions", default="exact,int8", show_default=True, help="exact, bf16, int8, int4 or qk/pv pairs.")
-@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Rounds of all contenders.")
-@click.option("--unequal", is_flag=True, help="Let the heads' densities differ by up to a factor of three.")
-@click.option("--compensate", is_flag=True, help="Also with skipped blocks approximated by their means.")
-@click.option("--flex/--no-flex", default=True, show_default=True, help="Also time compiled FlexAttention.")
-@click.option("--block-q", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Queries per block.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the records to this file.")
-@_seed_option
-@_backend_option
-@click.option("--json", "as_json", is_flag=True, help="Print the records, one JSON line each.")
-def bench_attention(
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    precisions: str,
-    block_q: str,
-    output: Path | None,
-    as_json: bool,
-    **settings: Any,
-) -> None:
-    """Time attention on random inputs with random masks, after a check against float64.
-
-    Medians of interleaved rounds; ratios are to the fastest dense attention, round by round: on a CPU SDPA in fp32 and
-    bf16; on a GPU, in bf16, SDPA's kernels and the packages that are installed.
-    """
-    from paroattn.evaluation.bench import Shape
-    from paroattn.evaluation.bench import bench_attention as run
-    from paroattn.evaluation.records import write_records
-    from paroattn.evaluation.tables import attention_table
-
-    shape = Shape(tokens, heads, head_dim)
-    try:
-        records = run(shape, precisions=precisions.split(","), block_q=int(block_q), progress=not as_json, **settings)
-    except ArithmeticError as error:
-        raise click.ClickException(str(error)) from error
-    if output is not None:
-        write_records(records, output)
-    if as_json:
-        for record in records:
-            click.echo(json.dumps(record, sort_keys=True))
-        return
-    first = records[0]
-    console = _console()
-    console.print(attention_table(records))
-    used = {record["backend"] for record in records if record["backend"]}
-    machine = first.get("gpu") or f"{first['machine']}, {first['threads']} threads"
-    console.print(f"{machine}; paroattn on: {', '.join(sorted(used))}")
-    if output is not None:
-        console.print(f"records: {output}", soft_wrap=True)
+main.add_command(bench)
 
 
 def _prompts(
@@ -549,7 +404,7 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
-    console = _console()
+    console = new_console()
     console.print(evaluation_table(evaluation))
     by_name = {result.variant.name: result for result in evaluation.results}
     for name, result in by_name.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from paroattn.block_mask import BLOCK, BlockMask, block_count, pack_bits
 from paroattn.calibration.keep import check_density
 from paroattn.evaluation.floors import gpu_floors
 from paroattn.evaluation.peers import GPU_PEERS, Peer, flex_attention, sdpa
 from paroattn.evaluation.records import environment
+from paroattn.evaluation.rounds import interleaved, median_and_spread, paired_ratio
 from paroattn.grid import TokenGrid
 from paroattn.ops import cpu, prepare, triton_attention
 from paroattn.ops.backend import choose_backend
@@ -120,7 +121,11 @@ def bench_attention(
             if compensate and density < 1:
                 contenders += inputs.operators(precision, density, mask, backend, compensate=True)
         contenders += inputs.sparse_peers(density, mask, flex)
-    times = _interleaved(contenders, rounds, progress, inputs.device)
+    times = interleaved(
+        [functools.partial(_seconds, contender.call, inputs.device) for contender in contenders],
+        rounds,
+        progress=progress,
+    )
     dense = [min(own) for own in zip(*times[:dense_count], strict=True)]
     common = {
         "kind": "attention",
@@ -163,23 +168,7 @@ def _seconds(call: Callable[[], float], device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def _interleaved(
-    contenders: Sequence[Contender], rounds: int, progress: bool, device: torch.device
-) -> list[list[float]]:
-    """Seconds of each contender in each round, after one call that does not count."""
-    times: list[list[float]] = [[] for _ in contenders]
-    with tqdm(total=(rounds + 1) * len(contenders), desc="rounds", disable=not progress) as bar:
-        for number in range(rounds + 1):
-            for contender, own in zip(contenders, times, strict=True):
-                seconds = _seconds(contender.call, device)
-                if number:
-                    own.append(seconds)
-                bar.update()
-    return times
-
-
 def _record(contender: Contender, times: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return {
         "method": contender.method,
         "precision": contender.precision,
@@ -188,9 +177,8 @@ def _record(contender: Contender, times: Sequence[float], dense: Sequence[float]
         "compensate": contender.compensate,
         "error": contender.error,
         "backend": contender.backend,
-        "median_ms": 1000 * statistics.median(times),
-        "spread_ms": 1000 * (quartiles[2] - quartiles[0]),
-        "times_sdpa": statistics.median(other / own for own, other in zip(times, dense, strict=True)),
+        **median_and_spread(times),
+        "times_sdpa": paired_ratio(dense, times),
     }
 
 

@@ -75,6 +75,30 @@ def attention_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def model_table(records: Sequence[Record]) -> Table:
+    """One row per record of `paroattn bench model`."""
+    first = records[0]
+    layers = f"{first['layers']} of {first['model_layers']} layers"
+    size = f"{first['tokens']:,} tokens, {layers}, {first['heads']} heads, head_dim {first['head_dim']}"
+    how = f"{first['dtype']}{', compiled' if first['compiled'] else ''}, weights: {first['weights']}"
+    table = Table("attention", title=f"{first['model']}, one step: {size}; {how}; {first['rounds']} rounds")
+    columns = ("density", "median (ms)", "spread (ms)", "x own", "x fastest dense", "attention (ms)", "its share")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for record in records:
+        table.add_row(
+            record["method"] + ("" if record["plan"] is None else f" {record['precision']}"),
+            f"{record['density']:.3f}",
+            f"{record['median_ms']:.1f}",
+            f"{record['spread_ms']:.1f}",
+            f"{record['times_own']:.2f}",
+            f"{record['times_dense']:.2f}",
+            f"{record['attention_ms']:.1f}",
+            f"{record['attention_share']:.0%}",
+        )
+    return table
+
+
 def _with_error(record: Record, key: str, digits: int) -> str:
     value, error = record[key], record[f"{key}_error"]
     if value is None:
