@@ -29,7 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paroattn.ops import triton_block_sums, triton_configs, triton_forward, triton_prologue
+from paroattn.calibration.skip_cost import LEVELS
+from paroattn.ops import triton_block_sums, triton_configs, triton_forward, triton_prologue, triton_skip_cost
 from paroattn.ops.triton_configs import SHARED_MEMORY, TARGETS, Config, Kind
 
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -203,9 +204,11 @@ def faults(target: str, kind: Kind, report: Compiled) -> list[str]:
 
 # What the other kernels are compiled with: types of their pointers and constants.
 _FLOATS = ["k_mean_ptr", "v_mean_ptr", "v_scale_ptr", "q_factor_ptr", "lse_shift_ptr", "k_scale_ptr"]
-_FLOATS += ["values_scale_ptr", "partial_ptr"]
+_FLOATS += ["values_scale_ptr", "partial_ptr", "surrogate_ptr", "mean_v_ptr", "start_ptr", "taken_ptr"]
+_FLOATS += ["costs_ptr", "errors_ptr", "output_ptr"]
 _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_ptr", "sums_ptr"]
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
+_INTEGERS += ["lists_ptr", "ends_ptr"]
 _POINTERS = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INTEGERS, "*i32")
 _POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr"), "*u8") | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
 _POINTERS |= dict.fromkeys(("queries_ptr", "keys_ptr", "values_ptr"), "*i8") | {"scale": "fp32"}
@@ -224,6 +227,9 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pack_means": (triton_prologue.pack_means, {"D": head_dim} | int8),
         "kept_lists": (triton_prologue.kept_lists, {"COLUMNS": 512}),
         "schedule": (triton_prologue.schedule, {"ROWS": 512}),
+        "attend_rows": (triton_skip_cost.attend_rows, size | {"PRECISION": "tf32"}),
+        "block_costs": (triton_skip_cost.block_costs, size | {"PRECISION": "tf32"}),
+        "level_errors": (triton_skip_cost.level_errors, size | {"PRECISION": "tf32", "LEVELS": len(LEVELS)}),
         "row_lse": (triton_block_sums.row_lse, size),
         "block_sums": (triton_block_sums.block_sums, size),
     }
@@ -265,8 +271,13 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         (kernel, head_dim) = what
         function, constants = other_kernels(head_dim)[kernel]
         types = {key: value for key, value in _POINTERS.items() if key in function.arg_names and key not in constants}
-        report = describe(compile_kernel(function, target, types, constants, num_warps=8 if "stat" in kernel else 4))
+        options = {"num_warps": 8 if "stat" in kernel else 4}
+        if function.fn.__module__ == triton_skip_cost.__name__:
+            options = triton_configs.skip_cost_options(target, head_dim)
+        report = describe(compile_kernel(function, target, types, constants, **options))
         name, wrong = kernel, [f"{report.spills} spills"] if report.spills else []
+        if report.shared > SHARED_MEMORY[target]:
+            wrong.append(f"{report.shared} bytes of shared memory")
     per_score = f"{report.per_score:5.2f}" if report.per_score else "    -"
     matrix = " ".join(f"{count} {key}" for key, count in report.matrix.items())
     line = (

@@ -384,7 +384,7 @@ def _compare(
     arguments = [model.call_arguments(prompt) for prompt in calibration]
     common: dict[str, Any] = {"densities": all_densities, "prompt_texts": calibration}
     paper, original = collect_block_sums(model.pipe, arguments, fixed_orders=("FHW",), **common)
-    costs = collect_costs(model.pipe, arguments, **common)
+    costs = collect_costs(model.pipe, arguments, block_sums=True, **common)
     variants = variants_of(costs, paper, densities, paper_at, int8_at)
     for variant in variants:
         variant.plan.save(output_dir / "plans" / f"{variant.name.lower().replace(' ', '-')}.safetensors")

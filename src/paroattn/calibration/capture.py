@@ -15,8 +15,9 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count, text_blocks, visual_blocks
 from paroattn.calibration.calls import AttentionCall, order_of
-from paroattn.calibration.skip_cost import LEVELS, skip_costs
-from paroattn.calibration.statistics import OrderCriterion, block_sums, order_metrics, probability_blocks
+from paroattn.calibration.kernels import KernelsFor, reference_everywhere
+from paroattn.calibration.skip_cost import LEVELS
+from paroattn.calibration.statistics import OrderCriterion, order_metrics, probability_blocks
 from paroattn.grid import TokenGrid
 
 
@@ -51,7 +52,7 @@ class OrderScores:
         """Take one attention call."""
         for sample in call.samples():
             for head in range(call.heads):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 for number, name in enumerate(self._order_names):
                     order = order_of(name, sample.grid)
                     metrics = order_metrics(q, k, order, call.scale, self.criterion, self._row_blocks)
@@ -71,22 +72,31 @@ class BlockSums:
         buckets: number of step buckets.
         choices: (order names, uint8 [layers, heads] index into them), one per choice.
         grid: the token grid.
+        kernels_for: what computes on a device.
     """
 
-    def __init__(self, buckets: int, choices: Sequence[tuple[tuple[str, ...], Tensor]], grid: TokenGrid):
+    def __init__(
+        self,
+        buckets: int,
+        choices: Sequence[tuple[tuple[str, ...], Tensor]],
+        grid: TokenGrid,
+        kernels_for: KernelsFor = reference_everywhere,
+    ):
         blocks = block_count(grid.tokens, BLOCK)
         layers, heads = choices[0][1].shape
         self._visual = (..., *visual_blocks(grid))
         self._choices = choices
+        self._kernels_for = kernels_for
         self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks)
         self._samples = torch.zeros(buckets, layers)
 
     def add(self, bucket: int, call: AttentionCall) -> None:
         """Take one attention call."""
         layer = call.layer
+        block_sums = self._kernels_for(call.query.device).block_sums
         for sample in call.samples():
             for head in range(call.heads):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 orders = [order_of(names[int(index[layer, head])], sample.grid) for names, index in self._choices]
                 sums = block_sums(q, k, orders, call.scale)
                 self._sums[:, bucket, layer, head][self._visual] += sums[self._visual]
@@ -106,6 +116,7 @@ class OrderErrors:
         order_names: the candidates.
         block_q: queries per block, 64 or 128.
         row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
+        kernels_for: what computes on a device.
     """
 
     def __init__(
@@ -117,7 +128,9 @@ class OrderErrors:
         block_q: int,
         row_share: float,
         seed: int,
+        kernels_for: KernelsFor = reference_everywhere,
     ):
+        self._kernels_for = kernels_for
         self._order_names = order_names
         self._block_q = block_q
         self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
@@ -126,6 +139,7 @@ class OrderErrors:
     def add(self, call: AttentionCall) -> None:
         """Take one attention call."""
         samples = list(call.samples())
+        skip_costs = self._kernels_for(call.query.device).skip_costs
 
         def compare(head: int) -> None:
             for sample in samples:
@@ -169,10 +183,10 @@ class StepChange:
         for sample in call.samples():
             order = torch.arange(sample.grid.tokens)
             for head in range(call.heads):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 for rows, p in probability_blocks(q, k, order, call.scale, self._rows):
                     places = torch.searchsorted(self._rows, rows)
-                    sums[call.layer, head, places, self._columns] += p.sum((1, 3))[:, self._columns]
+                    sums[call.layer, head, places, self._columns] += p.sum((1, 3))[:, self._columns].cpu()
 
     def changes(self) -> list[float]:
         """Mean relative L2 change of the block sums from each step to the next; one fewer than there are steps.
@@ -193,31 +207,45 @@ class StepChange:
 class BlockCosts:
     """Mean costs and errors of skipping blocks per step bucket, layer and head, in the heads' orders.
 
+    Costs are kept in bfloat16: only their ranks within a head matter, and a large model has billions of them.
+
     Args:
         buckets: number of step buckets.
         order_names: distinct orders.
         order_index: uint8 [layers, heads] into them.
         grid: the token grid.
         block_q: queries per block, 64 or 128.
+        block_sums: also keep the block sums of P.
+        kernels_for: what computes on a device.
     """
 
     def __init__(
-        self, buckets: int, order_names: tuple[str, ...], order_index: Tensor, grid: TokenGrid, block_q: int = BLOCK
+        self,
+        buckets: int,
+        order_names: tuple[str, ...],
+        order_index: Tensor,
+        grid: TokenGrid,
+        block_q: int = BLOCK,
+        *,
+        block_sums: bool = False,
+        kernels_for: KernelsFor = reference_everywhere,
     ):
-        layers, heads = order_index.shape
-        rows, columns = block_count(grid.tokens, block_q), block_count(grid.tokens, BLOCK)
+        heads = (buckets, *order_index.shape)
+        blocks = (*heads, block_count(grid.tokens, block_q), block_count(grid.tokens, BLOCK))
         self._names = [[order_names[index] for index in layer] for layer in order_index.tolist()]
         self._visual = (..., *visual_blocks(grid, block_q))
         self._block_q = block_q
-        self._block_sums = torch.zeros(buckets, layers, heads, rows, columns)
-        self._costs = torch.zeros(2, buckets, layers, heads, rows, columns)
-        self._errors = torch.zeros(2, buckets, layers, heads, len(LEVELS), dtype=torch.float64)
-        self._norms = torch.zeros(buckets, layers, heads, dtype=torch.float64)
-        self._samples = torch.zeros(buckets, layers)
+        self._kernels_for = kernels_for
+        self._block_sums = torch.zeros(blocks) if block_sums else None
+        self._costs = torch.zeros(2, *blocks, dtype=torch.bfloat16)
+        self._errors = torch.zeros(2, *heads, len(LEVELS), dtype=torch.float64)
+        self._norms = torch.zeros(heads, dtype=torch.float64)
+        self._samples = torch.zeros(heads[:2])
 
     def add(self, bucket: int, call: AttentionCall) -> None:
         """Take one attention call."""
         samples = list(call.samples())
+        skip_costs = self._kernels_for(call.query.device).skip_costs
 
         def add_head(head: int) -> None:
             place = (bucket, call.layer, head)
@@ -225,7 +253,8 @@ class BlockCosts:
                 order = order_of(self._names[call.layer][head], sample.grid)
                 required = text_blocks(sample.grid, self._block_q)
                 found = skip_costs(*sample.head(head), order, call.scale, required, block_q=self._block_q)
-                self._block_sums[place][self._visual] += found.block_sums[self._visual]
+                if self._block_sums is not None:
+                    self._block_sums[place][self._visual] += found.block_sums[self._visual]
                 self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
                 self._errors[(slice(None), *place)] += found.errors
                 self._norms[place] += found.norm
@@ -233,15 +262,15 @@ class BlockCosts:
         _for_each_head(add_head, call)
         self._samples[bucket, call.layer] += len(samples)
 
-    def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks], costs [2, ...] and errors
-        [2, buckets, layers, heads, levels] as `SkipCosts` has them, norms [buckets, layers, heads].
+    def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are
+        left summed over samples, errors [2, buckets, layers, heads, levels] as `SkipCosts` has them, norms [buckets,
+        layers, heads].
         """
         samples = self._samples.clamp(min=1).unsqueeze(-1)
-        per_block = samples.view(*samples.shape, 1, 1)
         return (
-            self._block_sums / per_block,
-            self._costs / per_block,
+            None if self._block_sums is None else self._block_sums / samples.view(*samples.shape, 1, 1),
+            self._costs,
             self._errors / samples.unsqueeze(-1),
             self._norms / samples,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,13 +32,42 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
         tensor([[ True, False],
                 [ True,  True]])
     """
-    best = score.argmax(-1, keepdim=True)
-    alone = ~required.any(-1, keepdim=True)
-    forced = (required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)).flatten()
+    forced = _forced(score, required)
     wanted = max(round(density * score.numel()), int(forced.sum()))
     kept = torch.zeros_like(forced)
     kept[score.flatten().masked_fill(forced, torch.inf).topk(wanted).indices] = True
     return kept.view_as(score)
+
+
+def keep_levels(score: Tensor, densities: Sequence[float], required: Tensor) -> Tensor:
+    """`keep_best` for several densities at once, each keeping what the ones below it keep.
+
+    Args:
+        score, required: as `keep_best`.
+        densities: ascending.
+
+    Returns:
+        int64 like score: how many of the densities leave the block out. Density number i keeps those <= i.
+
+    Example:
+        >>> keep_levels(torch.tensor([[9.0, 1.0], [5.0, 6.0]]), (0.5, 0.75), torch.zeros(2, 2, dtype=torch.bool))
+        tensor([[0, 2],
+                [1, 0]])
+    """
+    forced = _forced(score, required)
+    least = int(forced.sum())
+    wanted = torch.tensor([max(round(density * score.numel()), least) for density in densities], device=score.device)
+    best_first = score.flatten().masked_fill(forced, torch.inf).argsort(descending=True)
+    rank = torch.empty_like(best_first)
+    rank[best_first] = torch.arange(len(rank), device=score.device)
+    return torch.searchsorted(wanted, rank, right=True).view_as(score)
+
+
+def _forced(score: Tensor, required: Tensor) -> Tensor:
+    """Blocks kept at any density, flat: required ones, and the best one of each row that has none."""
+    best = score.argmax(-1, keepdim=True)
+    alone = ~required.any(-1, keepdim=True)
+    return (required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)).flatten()
 
 
 def least_density(grid: TokenGrid, block_q: int = 64) -> float:

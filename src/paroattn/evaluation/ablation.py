@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.budget import CostStatistics, Selection, allocate, select_by_cost
 from paroattn.calibration.keep import keep_best
+from paroattn.calibration.mask_table import MaskTable
 from paroattn.calibration.select import CalibrationStatistics, plan_from_masks, select_plan
 from paroattn.evaluation.baselines import DYNAMIC_BASELINES, STATIC_BASELINES, apply_dynamic, static_baseline
 from paroattn.evaluation.metrics import Closeness, compare
@@ -72,12 +73,14 @@ class Measured:
     @cached_property
     def costs(self) -> CostStatistics:
         """Paroattn's own, over all axis and tiled orders."""
-        return collect_costs(self._pipe, self._arguments, int4=True, **self._common)
+        return collect_costs(self._pipe, self._arguments, int4=True, block_sums=True, **self._common)
 
     @cached_property
     def axis_costs(self) -> CostStatistics:
         """The same over axis orders only."""
-        return collect_costs(self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, **self._common)
+        return collect_costs(
+            self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, block_sums=True, **self._common
+        )
 
     @cached_property
     def _block_sums(self) -> list[CalibrationStatistics]:
@@ -181,7 +184,7 @@ def _paper_with_budget(measured: Measured, density: float) -> Plan:
         for step, share in zip(sums, shares, strict=True)
     ]
     return plan_from_masks(
-        torch.stack(masks),
+        MaskTable.of(torch.stack(masks)),
         model=source.model,
         grid=source.grid,
         order_names=source.order_names,

@@ -16,7 +16,7 @@ from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.select import bucket_edges_by_change, select_plan
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
+from paroattn.integrations.calibration_run import CalibrationRun, Prompt, calibration_kernels, spread
 from paroattn.integrations.effects import measure_effects
 from paroattn.integrations.paper import collect_block_sums
 from paroattn.integrations.targets import reach, target_of
@@ -146,6 +146,7 @@ def collect_costs(
     dense_steps: float = 0.0,
     int4: bool = False,
     effects: bool = True,
+    block_sums: bool = False,
     prompt_texts: Sequence[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
@@ -154,7 +155,7 @@ def collect_costs(
 
     Args: as `calibrate`; `densities` are the ones plans will be selected for, checked as soon as the grid is known;
         effects are measured at the middle one. `int4` also measures which heads INT4 hurts. Without `effects` all
-        weights are one, which serves uniform budgets.
+        weights are one, which serves uniform budgets. `block_sums` are for pictures and for masks that rank by them.
     """
     if block_q not in (BLOCK, 2 * BLOCK):
         raise ValueError(f"block_q is {block_q!r}; expected 64 or 128")
@@ -166,11 +167,13 @@ def collect_costs(
     names, chosen, changes = _choose_orders(run, shape, order_names, block_q, seed)
     guard = math.ceil(dense_steps * run.num_steps - 1e-9)
     edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
-    costs = BlockCosts(len(edges), names, chosen, run.grid, block_q)
+    costs = BlockCosts(
+        len(edges), names, chosen, run.grid, block_q, block_sums=block_sums, kernels_for=calibration_kernels
+    )
     run.generate(
         lambda call: costs.add(bucket_of(edges, call.step, call.num_steps), call), "calibration 2/4, costs of blocks"
     )
-    block_sums, block_costs, errors, norms = costs.means()
+    mean_block_sums, block_costs, errors, norms = costs.means()
     statistics = CostStatistics(
         model=identity,
         grid=run.grid,
@@ -178,7 +181,7 @@ def collect_costs(
         order_index=chosen,
         bucket_edges=edges,
         block_q=block_q,
-        block_sums=block_sums,
+        block_sums=mean_block_sums,
         costs=block_costs,
         errors=errors,
         norms=norms,
@@ -210,7 +213,9 @@ def _choose_orders(
     def compare(call: AttentionCall) -> None:
         if not change:
             candidates.append(candidate_orders(run.grid) if order_names is None else order_names)
-            errors.append(OrderErrors(*shape, run.grid, candidates[0], block_q, ORDER_ROW_SHARE, seed))
+            errors.append(
+                OrderErrors(*shape, run.grid, candidates[0], block_q, ORDER_ROW_SHARE, seed, calibration_kernels)
+            )
             change.append(StepChange(*shape, run.grid, CHANGE_ROW_SHARE, seed))
         change[0].add(call)
         if len(candidates[0]) > 1 and call.step in spread(ORDER_STEPS, call.num_steps):

@@ -11,12 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import paroattn
+from paroattn.block_mask import BLOCK
 from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.keep import check_density, check_reachable
+from paroattn.calibration.kernels import REFERENCE, Kernels
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment
 from paroattn.integrations.descriptors import identify
 from paroattn.integrations.schedule import Schedule
+from paroattn.ops import triton_attention, triton_calibration
 from paroattn.plan import bucket_of
 
 Prompt = str | Mapping[str, Any]
@@ -124,6 +127,15 @@ class CalibrationRun:
             "seed": self._seed,
             "num_inference_steps": self.num_steps,
         }
+
+
+def calibration_kernels(device: torch.device) -> Kernels:
+    """What computes calibration's statistics on a device: the Triton kernels on a GPU that they have, else PyTorch."""
+    if device.type != "cuda" or triton_attention.unavailable():
+        return REFERENCE
+    if triton_attention.unsupported(device, None, (), (BLOCK, BLOCK)):
+        return REFERENCE
+    return triton_calibration.KERNELS
 
 
 def spread(count: int, total: int) -> list[int]:

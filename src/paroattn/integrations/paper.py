@@ -11,7 +11,7 @@ from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockSums, OrderScores
 from paroattn.calibration.select import CalibrationStatistics, choose_orders, step_bucket_edges
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
+from paroattn.integrations.calibration_run import CalibrationRun, Prompt, calibration_kernels, spread
 from paroattn.order import AXIS_ORDERS
 from paroattn.plan import bucket_of
 
@@ -66,7 +66,7 @@ def collect_block_sums(
     def add_up(call: AttentionCall) -> None:
         if not sums:
             edges.append(step_bucket_edges(call.num_steps, step_buckets))
-            sums.append(BlockSums(len(edges[0]), choices, run.grid))
+            sums.append(BlockSums(len(edges[0]), choices, run.grid, calibration_kernels))
         sums[0].add(bucket_of(edges[0], call.step, call.num_steps), call)
 
     run.generate(add_up, "calibration 2/2, block sums")

@@ -99,6 +99,11 @@ def dense_block_q(target: str, head_dim: int, qk: str, pv: str, tokens: int) -> 
     return 64 if tokens <= 64 or short else 128
 
 
+def skip_cost_options(target: str, head_dim: int) -> dict[str, int]:
+    """How calibration's kernels are compiled without spills; head_dim 64 or 128."""
+    return {"num_warps": 8 if head_dim == 128 else 4, "num_stages": 1 if target == "gfx942" else 2}
+
+
 def target_of(device: torch.device) -> str | None:
     """The table's target for a GPU, or None if there is none."""
     if torch.version.hip:

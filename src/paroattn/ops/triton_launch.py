@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.ops import triton_forward, triton_prologue
-from paroattn.ops.triton_attention import INTERPRETED
-from paroattn.ops.triton_configs import Config, Kind, config, dense_block_q, target_of
+from paroattn.ops.triton_attention import INTERPRETED, on_device_of, target_here
+from paroattn.ops.triton_configs import Config, Kind, config, dense_block_q
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CHUNK = 128  # tokens that one program of the statistics reads
@@ -46,8 +45,7 @@ def run(
     visits: list[Tensor] = []
     if output.numel() == 0:
         return visits
-    guard = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(query.device)
-    with guard:
+    with on_device_of(query):
         call = _Call(query, key, value, permutation, mask_bits, block_q, compensate, key_mask, cos, sin, rotary, scale)
         partial = call.partial_statistics() if {"int8", "fp8"} & {*qk, *pv} else None
         for formats in dict.fromkeys(zip(qk, pv, strict=True)):
@@ -89,7 +87,7 @@ class _Call:
         self.rotary = rotary or None
         self.scale = scale
         self.width = 64 if self.head_dim <= 64 else 128  # of a head inside the kernels
-        self.target = _target(query.device)
+        self.target = target_here(query.device)
         self.block_q, self.q_blocks = block_q, block_count(self.tokens, block_q)
         self.kv_blocks = block_count(self.tokens, BLOCK)
         self.mean_blocks = block_count(self.kv_blocks, BLOCK) if self.compensate is not None else 0
@@ -334,13 +332,6 @@ class _Call:
 
 def _width_of(kernel_format: str) -> str:
     return kernel_format if kernel_format in ("int8", "fp8") else "16"
-
-
-def _target(device: torch.device) -> str:
-    target = "sm90" if INTERPRETED else target_of(device)
-    if target is None:
-        raise ValueError(f"backend 'triton' has no configuration for {torch.cuda.get_device_name(device)}")
-    return target
 
 
 @functools.lru_cache(maxsize=1024)
