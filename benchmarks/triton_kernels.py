@@ -29,7 +29,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paroattn.calibration.skip_cost import LEVELS
 from paroattn.ops import triton_block_sums, triton_configs, triton_forward, triton_prologue, triton_skip_cost
 from paroattn.ops.triton_configs import SHARED_MEMORY, TARGETS, Config, Kind
 
@@ -122,6 +121,8 @@ def compile_forward(
         "SWAPPED": config.swapped,
         "ASM": config.asm,
         "NUM_STAGES": config.num_stages,
+        "SUMS": config.sums,
+        "AHEAD": config.ahead,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return compile_kernel(triton_forward.attention_forward, target, types, constants, **options)
@@ -210,7 +211,7 @@ _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_pt
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
 _INTEGERS += ["lists_ptr", "ends_ptr"]
 _POINTERS = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INTEGERS, "*i32")
-_POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr"), "*u8") | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+_POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr", "wanted_ptr"), "*u8") | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
 _POINTERS |= dict.fromkeys(("queries_ptr", "keys_ptr", "values_ptr"), "*i8") | {"scale": "fp32"}
 
 
@@ -227,9 +228,9 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pack_means": (triton_prologue.pack_means, {"D": head_dim} | int8),
         "kept_lists": (triton_prologue.kept_lists, {"COLUMNS": 512}),
         "schedule": (triton_prologue.schedule, {"ROWS": 512}),
-        "attend_rows": (triton_skip_cost.attend_rows, size | {"PRECISION": "tf32"}),
-        "block_costs": (triton_skip_cost.block_costs, size | {"PRECISION": "tf32"}),
-        "level_errors": (triton_skip_cost.level_errors, size | {"PRECISION": "tf32", "LEVELS": len(LEVELS)}),
+        "attend_rows": (triton_skip_cost.attend_rows, size),
+        "block_costs": (triton_skip_cost.block_costs, size),
+        "kept_errors": (triton_skip_cost.kept_errors, size),
         "row_lse": (triton_block_sums.row_lse, size),
         "block_sums": (triton_block_sums.block_sums, size),
     }

@@ -284,6 +284,16 @@ def test_costs_and_errors_of_skipping_are_the_references(tokens, head_dim, block
     assert found.norm == pytest.approx(expected.norm, rel=1e-5)
 
 
+def test_costs_of_half_precision_heads_lose_nothing_of_p():
+    q, k, v = torch.randn(3, 333, 64, generator=torch.Generator().manual_seed(0)).half()
+    order, required = permutations(1, 333)[0], torch.zeros(6, 6, dtype=torch.bool)
+    found, expected = (
+        function(q, k, v, order, 0.3, required) for function in (triton_calibration.skip_costs, skip_cost.skip_costs)
+    )
+    torch.testing.assert_close(found.costs, expected.costs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.errors, expected.errors, rtol=1e-4, atol=1e-6)
+
+
 def test_torch_accepts_the_operators():
     query, key, value = half(inputs(70, heads=2))
     bits, flags = BlockMask.from_dense(masks(2, 70), 70).bits, torch.tensor([True, False])

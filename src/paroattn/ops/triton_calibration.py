@@ -17,7 +17,7 @@ from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration.keep import keep_levels
 from paroattn.calibration.kernels import Kernels
 from paroattn.calibration.skip_cost import LEVELS, SkipCosts, block_means
-from paroattn.ops.triton_attention import INTERPRETED, check_device, on_device_of, target_here
+from paroattn.ops.triton_attention import check_device, on_device_of, target_here
 from paroattn.ops.triton_configs import skip_cost_options
 
 
@@ -76,10 +76,9 @@ def skip_costs(
     q_blocks: Tensor | None = None,
     levels: Sequence[float] = LEVELS,
 ) -> SkipCosts:
-    """Costs and errors of skipping blocks of one head in a given order, for about six dense attentions' time.
+    """Costs and errors of skipping blocks of one head in a given order,.
 
-    Args: as the reference, q, k, v [N, D] on a GPU; 16-bit ones are multiplied as they are. Products with V are rounded
-        to TF32. The costliest blocks of a level are those of all rows.
+    Args: as the reference, q, k, v [N, D] on a GPU; 16-bit ones are multiplied as they are. The costliest blocks of a level are those of all rows.
     """
     check_device(q)
     from paroattn.ops import triton_skip_cost as kernels
@@ -98,7 +97,7 @@ def skip_costs(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     sizes = (scale, tokens, rows)
-    constants: dict[str, Any] = {"HEAD_DIM": head_dim, "D": width, "PRECISION": "ieee" if INTERPRETED else "tf32"}
+    constants: dict[str, Any] = {"HEAD_DIM": head_dim, "D": width}
     constants |= skip_cost_options(target_here(device), width)
     with on_device_of(q):
         lse, output = new(tiles * BLOCK), new(tiles * BLOCK, width)
@@ -115,15 +114,20 @@ def skip_costs(
         kernels.block_costs[(tiles,)](*head, sums, costs, *sizes, **constants)
         sums, costs = sums.unflatten(0, (-1, per_block)).sum(1), costs.unflatten(1, (-1, per_block)).sum(2)
 
+        # The blocks of a level are among those of the next one: one walk over a row's list meets all levels.
         level = torch.stack([keep_levels(cost, levels, required[q_blocks].to(device)) for cost in costs])
         lists = level.argsort(dim=-1, stable=True).int()
-        ends = torch.stack([(level <= number).sum(-1) for number in range(len(levels))], -1).int()
-        errors = new(2, len(levels), tiles)
+        kept = (level.unsqueeze(-1) <= torch.arange(len(levels), device=device)).sum(-2)  # [2, q blocks, levels]
+        last = kept - 1
+        wanted = torch.zeros(lists.shape, dtype=torch.uint8, device=device).scatter_(-1, last, 1)
+        errors = new(2, tiles, columns)
         everything = (surrogate.mT @ mean_v, surrogate.sum(0))
-        kernels.level_errors[(tiles, 2)](
-            *head, *everything, lists, ends, errors, *sizes, per_block, LEVELS=len(levels), **constants
+        kept = kept[..., -1].int()
+        kernels.kept_errors[(tiles, 2)](
+            *head, *everything, lists, kept, wanted, errors, *sizes, per_block, **constants
         )
-    return SkipCosts(sums.cpu(), costs.cpu(), errors.double().sum(-1).cpu(), float(output.square().sum()))
+        errors = errors.gather(-1, last.repeat_interleave(per_block, 1)).sum(1, dtype=torch.float64)
+    return SkipCosts(sums.cpu(), costs.cpu(), errors.cpu(), float(output.square().sum()))
 
 
 KERNELS = Kernels(skip_costs, block_sums)

@@ -29,17 +29,22 @@ def _logits(q, k_ptr, block, tokens, scale, HEAD_DIM: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def _part(p, v_ptr, block, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
-    """P V of a kv block, [64, D] float32."""
+def _part(p, v_ptr, block, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """P V of a kv block, [64, D] float32; 16-bit values are multiplied by P in two parts of 16 bits."""
     column = block * BLOCK + tl.arange(0, BLOCK)
     v = _tile(v_ptr, column, tokens, HEAD_DIM, D)
-    return tl.dot(p, v.to(tl.float32), input_precision=PRECISION)
+    if v.dtype == tl.float32:
+        return tl.dot(p, v, input_precision="ieee")
+    else:
+        high = p.to(v.dtype)
+        low = (p - high.to(tl.float32)).to(v.dtype)
+        return tl.dot(high, v, tl.dot(low, v))  # in the other order registers would spill on sm90
 
 
 @triton.jit
 def attend_rows(
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Log2 of the rows' sums of 2^logit, and their output; grid (tiles of 64 rows,).
 
@@ -56,7 +61,7 @@ def attend_rows(
         p = tl.math.exp2(s - new_maximum[:, None])
         weight = tl.math.exp2(maximum - new_maximum)
         total = total * weight + tl.sum(p, 1)
-        acc = acc * weight[:, None] + _part(p, v_ptr, block, tokens, HEAD_DIM, D, PRECISION)
+        acc = acc * weight[:, None] + _part(p, v_ptr, block, tokens, HEAD_DIM, D)
         maximum = new_maximum
     exists = row < rows
     tl.store(lse_ptr + row, tl.where(exists, maximum + tl.math.log2(total), float("inf")))
@@ -67,7 +72,7 @@ def attend_rows(
 @triton.jit
 def block_costs(
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, sums_ptr, costs_ptr, scale, tokens, rows,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums of P and costs of skipping each kv block; grid (tiles,); names as in `calibration.skip_cost`.
 
@@ -83,7 +88,7 @@ def block_costs(
     for block in range(0, blocks):
         p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, HEAD_DIM, D) - lse[:, None])
         share = tl.sum(p, 1)
-        change = _part(p, v_ptr, block, tokens, HEAD_DIM, D, PRECISION) - share[:, None] * output
+        change = _part(p, v_ptr, block, tokens, HEAD_DIM, D) - share[:, None] * output
         surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK) + row)
         mean_v = tl.load(mean_v_ptr + block * D + channel)
         residual = change - surrogate[:, None] * (mean_v[None, :] - output)
@@ -94,17 +99,16 @@ def block_costs(
 
 
 @triton.jit
-def level_errors(
+def kept_errors(
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, start_ptr, taken_ptr,
-    lists_ptr, ends_ptr, errors_ptr, scale, tokens, rows, tiles_per_block,
-    LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    lists_ptr, ends_ptr, wanted_ptr, errors_ptr, scale, tokens, rows, tiles_per_block,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Squared change of the rows' output when only each level's kv blocks are kept; grid (tiles, 2 ways to skip).
+    """Squared change of the rows' output when only the first blocks of a list are kept; grid (tiles, 2 ways to skip).
 
-    The blocks of a level are among those of the next one: one walk over the row's list meets all levels. start float32
-    [tiles * 64, D] and taken [tiles * 64]: the output's sums with every block approximated, used by the second way;
-    lists int32 [2, q blocks, kv blocks]: kv blocks by level; ends int32 [2, q blocks, LEVELS]: how many each level keeps;
-    errors float32 [2, LEVELS, tiles].
+    start float32 [tiles * 64, D] and taken [tiles * 64]: the output's sums with every block approximated, used by the
+    second way; lists int32 [2, q blocks, kv blocks], of which the first `ends` [2, q blocks] are kept in the end; wanted
+    uint8 like lists: after which of them the change is to be found; errors float32 [2, tiles, kv blocks], written there.
     """
     tile, tiles, way = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     row, channel = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
@@ -117,18 +121,16 @@ def level_errors(
     total = tl.load(taken_ptr + row) * approximated
     blocks = tl.cdiv(tokens, BLOCK)
     list_row = way * (tiles // tiles_per_block) + tile // tiles_per_block
-    lists_ptr += list_row * blocks
-    done = 0
-    for level in range(0, LEVELS):
-        end = tl.load(ends_ptr + list_row * LEVELS + level)
-        for number in range(done, end):
-            block = tl.load(lists_ptr + number)
-            p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, HEAD_DIM, D) - lse[:, None])
-            surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK) + row) * approximated
-            mean_v = tl.load(mean_v_ptr + block * D + channel)
-            part = _part(p, v_ptr, block, tokens, HEAD_DIM, D, PRECISION)
-            acc += part - surrogate[:, None] * mean_v[None, :]
-            total += tl.sum(p, 1) - surrogate
-        done = end
-        moved = tl.where((row < rows)[:, None], acc / tl.maximum(total, 1.0e-6)[:, None] - output, 0.0)
-        tl.store(errors_ptr + (way * LEVELS + level) * tiles + tile, tl.sum(moved * moved))
+    end = tl.load(ends_ptr + list_row)
+    list_row *= blocks
+    for number in range(0, end):
+        block = tl.load(lists_ptr + list_row + number)
+        p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, HEAD_DIM, D) - lse[:, None])
+        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK) + row) * approximated
+        mean_v = tl.load(mean_v_ptr + block * D + channel)
+        part = _part(p, v_ptr, block, tokens, HEAD_DIM, D)
+        acc += part - surrogate[:, None] * mean_v[None, :]
+        total += tl.sum(p, 1) - surrogate
+        if tl.load(wanted_ptr + list_row + number) != 0:
+            moved = tl.where((row < rows)[:, None], acc / tl.maximum(total, 1.0e-6)[:, None] - output, 0.0)
+            tl.store(errors_ptr + (way * tiles + tile) * blocks + number, tl.sum(moved * moved))
