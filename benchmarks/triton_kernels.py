@@ -211,7 +211,8 @@ _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_pt
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
 _INTEGERS += ["lists_ptr", "ends_ptr"]
 _POINTERS = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INTEGERS, "*i32")
-_POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr", "wanted_ptr"), "*u8") | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+_POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr", "wanted_ptr"), "*u8")
+_POINTERS |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
 _POINTERS |= dict.fromkeys(("queries_ptr", "keys_ptr", "values_ptr"), "*i8") | {"scale": "fp32"}
 
 
@@ -228,9 +229,9 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pack_means": (triton_prologue.pack_means, {"D": head_dim} | int8),
         "kept_lists": (triton_prologue.kept_lists, {"COLUMNS": 512}),
         "schedule": (triton_prologue.schedule, {"ROWS": 512}),
-        "attend_rows": (triton_skip_cost.attend_rows, size),
-        "block_costs": (triton_skip_cost.block_costs, size),
-        "kept_errors": (triton_skip_cost.kept_errors, size),
+        "attend_rows": (triton_skip_cost.attend_rows, {"D": head_dim}),
+        "block_costs": (triton_skip_cost.block_costs, {"D": head_dim}),
+        "kept_errors": (triton_skip_cost.kept_errors, {"D": head_dim}),
         "row_lse": (triton_block_sums.row_lse, size),
         "block_sums": (triton_block_sums.block_sums, size),
     }

@@ -1,4 +1,4 @@
-"""How long calibration's kernels take for one head, beside dense attention of that head.
+"""How long calibration's kernels take per head, beside dense attention.
 
 python benchmarks/gpu/calibration.py [--output FILE.jsonl]
 """
@@ -15,12 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration import skip_cost
+from paroattn.calibration.kernels import skip_costs_of_heads
 from paroattn.evaluation.records import environment, write_records
 from paroattn.ops import triton_calibration
 
 SHAPES = ((17_776, 64), (32_760, 128), (75_600, 128))
-ROUNDS = 7
+HEADS = 8
+ROUNDS = 5
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -44,33 +45,32 @@ def main() -> None:
     arguments = parser.parse_args()
     records = []
     for tokens, head_dim in SHAPES:
-        q, k, v = torch.randn(3, tokens, head_dim, device="cuda").bfloat16()
-        orders = [torch.randperm(tokens) for _ in range(2)]
+        q, k, v = torch.randn(3, HEADS, tokens, head_dim, device="cuda").bfloat16()
+        orders = [torch.randperm(tokens) for _ in range(HEADS)]
         scale, blocks = head_dim**-0.5, block_count(tokens, BLOCK)
         required = torch.zeros(blocks, blocks, dtype=torch.bool)
         tenth = torch.arange(0, blocks, 10)
 
         def dense(q=q, k=k, v=v) -> None:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                # Many heads fill the GPU; one alone does not.
-                scaled_dot_product_attention(*(x.expand(1, 8, -1, -1) for x in (q, k, v)))
+                scaled_dot_product_attention(*(x.unsqueeze(0) for x in (q, k, v)))
 
-        head = seconds(dense) / 8
-        given = (q, k, v, orders[0], scale, required)
+        head = seconds(dense) / HEADS
+        given = (q, k, v, orders, scale, required)
         calls = {
             "skip costs": lambda given=given: triton_calibration.skip_costs(*given),
             "skip costs of a tenth of the rows": lambda given=given, tenth=tenth: triton_calibration.skip_costs(
                 *given, q_blocks=tenth
             ),
-            "block sums in two orders": lambda q=q, k=k, orders=orders, scale=scale: triton_calibration.block_sums(
-                q, k, orders, scale
-            ),
+            "block sums in two orders": lambda given=given: [
+                triton_calibration.block_sums(q, k, given[3][:2], given[4]) for q, k in zip(*given[:2], strict=True)
+            ],
         }
         if tokens < 20_000:
-            calls["skip costs in PyTorch"] = lambda given=given: skip_cost.skip_costs(*given)
+            calls["skip costs in PyTorch"] = lambda given=given: skip_costs_of_heads(*given)
         for name, call in calls.items():
             torch.cuda.reset_peak_memory_stats()
-            own = seconds(call)
+            own = seconds(call) / HEADS
             record = {
                 "kind": "gpu calibration",
                 "call": name,

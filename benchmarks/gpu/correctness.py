@@ -23,6 +23,7 @@ from torch import Tensor
 from paroattn import BlockMask, Precision
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration import skip_cost, statistics
+from paroattn.calibration.kernels import skip_costs_of_heads
 from paroattn.evaluation.records import environment, write_records
 from paroattn.ops import reference, triton_attention, triton_calibration
 
@@ -124,7 +125,7 @@ def exact_output(tensors: list[Tensor], given: dict[str, Any]) -> Tensor:
             mean_k, mean_v, count = skip_cost.block_means(k, v)
             for start in range(0, tokens, 16 * block_q):
                 rows = slice(start, min(start + 16 * block_q, tokens))
-                logits, keys, values = q[rows] @ k.mT * given["scale"], k, v
+                logits, values = q[rows] @ k.mT * given["scale"], v
                 if key_mask is not None:
                     logits[:, ~key_mask[b, order]] = -torch.inf
                 if block_mask is not None:
@@ -210,13 +211,14 @@ def check_calls() -> Iterator[dict[str, Any]]:
         yield _record(f"block sums, D {head_dim}", relative_error(sums, exact_sums.double()), 1e-4)
         required = torch.zeros(block_count(tokens, block_q), block_count(tokens, BLOCK), dtype=torch.bool)
         required[:, -1] = True
+        heads = [x.unsqueeze(0) for x in (q, k, v)]
         found, expected = (
-            function(q, k, v, order, scale, required, block_q=block_q)
-            for function in (triton_calibration.skip_costs, skip_cost.skip_costs)
+            function(*heads, [order], scale, required, block_q=block_q)[0]
+            for function in (triton_calibration.skip_costs, skip_costs_of_heads)
         )
-        for name in ("costs", "errors"):  # products with V are in TF32
+        for name in ("costs", "errors"):
             error = relative_error(getattr(found, name), getattr(expected, name).double())
-            yield _record(f"skip {name}, D {head_dim}, {block_q} x 64", error, 2**-9)
+            yield _record(f"skip {name}, D {head_dim}, {block_q} x 64", error, 1e-3)
 
 
 def _record(name: str, error: float, limit: float) -> dict[str, Any]:

@@ -136,8 +136,28 @@ def _step(
 ):  # fmt: skip
     products = _products(q, k_ptr, block0, block1, D, WIDTH, QK)
     return _absorb(
-        acc, total, unit, highest, products, q_factor, v_ptr, k_scale_ptr, block0, block1, bias, v_scale,
-        D, BLOCK_Q, WIDTH, QK, PV, MASKED, SCALED, SWAPPED, ASM, SUMS,
+        acc,
+        total,
+        unit,
+        highest,
+        products,
+        q_factor,
+        v_ptr,
+        k_scale_ptr,
+        block0,
+        block1,
+        bias,
+        v_scale,
+        D,
+        BLOCK_Q,
+        WIDTH,
+        QK,
+        PV,
+        MASKED,
+        SCALED,
+        SWAPPED,
+        ASM,
+        SUMS,
     )
 
 
