@@ -53,7 +53,6 @@ class Config:
     swapped: bool = False
     asm: bool = False
     sums: bool = False
-    ahead: bool = False
 
 
 OVERRIDES: dict[tuple[str, Kind], Config] = {}

@@ -245,7 +245,7 @@ def attention_forward(
     batch, heads, group, tokens, slots, q_blocks, kv_blocks, mean_blocks, mask_bytes,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
     WIDTH: tl.constexpr, SWAPPED: tl.constexpr, ASM: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SUMS: tl.constexpr, AHEAD: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one block of queries; the grid is `batch * slots * q_blocks` programs, the heaviest first.
 
@@ -304,34 +304,16 @@ def attention_forward(
     # Block numbers are read one step ahead: keys and values can then be on their way while another step computes.
     next0 = _kept_block(indices_ptr, 0, whole, LISTED)
     next1 = _kept_block(indices_ptr, EACH - 1, whole, LISTED)
-    if AHEAD:
-        if whole // EACH > 0:
-            products = _products(q, k_ptr, next0, next1, D, WIDTH, QK)
-            block0, block1 = next0, next1
-            next0 = _kept_block(indices_ptr, EACH, whole, LISTED)
-            next1 = _kept_block(indices_ptr, 2 * EACH - 1, whole, LISTED)
-            for step in range(0, whole // EACH):
-                far0 = _kept_block(indices_ptr, step * EACH + 2 * EACH, whole, LISTED)
-                far1 = _kept_block(indices_ptr, step * EACH + 3 * EACH - 1, whole, LISTED)
-                next_products = _products(q, k_ptr, next0, next1, D, WIDTH, QK)
-                acc, total, unit, highest = _absorb(
-                    acc, total, unit, highest, products, q_factor, v_ptr, k_scale_ptr, block0, block1, 0.0, 1.0,
-                    D, BLOCK_Q, WIDTH, QK, PV, False, False, SWAPPED, ASM, SUMS,
-                )  # fmt: skip
-                products = next_products
-                block0, block1 = next0, next1
-                next0, next1 = far0, far1
-    else:
-        for step in range(0, whole // EACH):
-            block0, block1 = next0, next1
-            next0 = _kept_block(indices_ptr, step * EACH + EACH, whole, LISTED)
-            next1 = _kept_block(indices_ptr, step * EACH + 2 * EACH - 1, whole, LISTED)
-            acc, total, unit, highest = _step(
-                acc, total, unit, highest, q, q_factor, k_ptr, v_ptr, k_scale_ptr, block0, block1, 0.0, 1.0,
-                D, BLOCK_Q, WIDTH, QK, PV, False, False, SWAPPED, ASM, SUMS,
-            )  # fmt: skip
-            if visited_ptr is not None:
-                visited += EACH
+    for step in range(0, whole // EACH):
+        block0, block1 = next0, next1
+        next0 = _kept_block(indices_ptr, step * EACH + EACH, whole, LISTED)
+        next1 = _kept_block(indices_ptr, step * EACH + 2 * EACH - 1, whole, LISTED)
+        acc, total, unit, highest = _step(
+            acc, total, unit, highest, q, q_factor, k_ptr, v_ptr, k_scale_ptr, block0, block1, 0.0, 1.0,
+            D, BLOCK_Q, WIDTH, QK, PV, False, False, SWAPPED, ASM, SUMS,
+        )  # fmt: skip
+        if visited_ptr is not None:
+            visited += EACH
 
     column = stored_token(tl.arange(0, BLOCK_KV), SWAPPED)
     for step in tl.range(whole // EACH * EACH, count, num_stages=NUM_STAGES if bias_ptr is not None else 1):
