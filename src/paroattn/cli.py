@@ -221,7 +221,11 @@ def calibrate(
     seed: int,
     **model_arguments: Any,
 ) -> None:
-    """Find token orders and block masks of a model and write them to a plan file."""
+    """Find token orders and block masks of a model and write them to a plan file.
+
+    What every generation finds is kept in a folder beside the plan file until it is written: after an interruption the
+    same command goes on where it was.
+    """
     from paroattn.calibration.keep import check_density
     from paroattn.integrations.calibrate import calibrate as calibrate_pipeline
     from paroattn.integrations.targets import target_of
@@ -245,6 +249,7 @@ def calibrate(
         step_buckets=step_buckets,
         method=method,
         block_q=int(block_q),
+        work_dir=output.with_name(f"{output.name}.work"),
     )
     plan.save(output)
     click.echo(f"wrote {output}: density {plan.density():.3f}, {plan.mask_table.shape[0]} masks, grid {plan.grid}")
