@@ -125,6 +125,7 @@ def evaluate(
     if precisions and not methods:
         raise click.UsageError(f"--precision is {precisions[0]}, which needs --method paper or ours")
     _check_methods(methods)
+    densities = tuple(dict.fromkeys(densities))
     for precision in precisions:
         Precision.parse(precision)
     learned = find_learned_metrics(clip_model, fvd_model)
@@ -144,7 +145,8 @@ def evaluate(
     elif methods:
         rows = [(density, precision) for density in densities for precision in precisions]
         measured = Measured(model, calibration, densities, work_dir=work_dir)
-        wanted = cases(measured, densities, methods=methods, lowest=None, precisions=rows, backend=backend)
+        choice: dict[str, Any] = {"methods": methods, "lowest": None, "precisions": rows, "backend": backend}
+        wanted = cases(measured, densities, **choice)
         variants = [Variant(case.name, case.plan, case.attach) for case in wanted]
     else:
         variants, statistics = _paroattn_and_paper(model, calibration, pairs, densities, densities, (0.3,), work_dir)
@@ -213,7 +215,7 @@ def ablate(
     store.configure({**_configuration(model, pairs), **chosen})
     work_dir = output_dir / "calibration"
     measured = ablation.Measured(model, calibration, densities, work_dir=work_dir, progress=not as_json)
-    cases = ablation.cases(measured, densities, methods=methods, backend=backend)
+    cases = ablation.cases(measured, densities, methods=methods, backend=backend, progress=not as_json)
     records: list[dict[str, Any]] = []
     for results in ablation.run(model, cases, pairs, store=store, learned=learned, progress=not as_json):
         records = ablation.ablation_records(model, results, pairs[: len(results[0].closeness)])

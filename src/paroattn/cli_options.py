@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from paroattn.models import VIDEO
+from paroattn.models import BUNDLED, VIDEO
 
 DENSITIES = (0.5, 0.3, 0.2)
 
@@ -98,6 +98,7 @@ def load(model: str, device: str | None, **changes: Any) -> Any:
 
     from paroattn.integrations.generation import load_model
 
-    diffusers_logging.disable_progress_bar()
+    if model in BUNDLED:  # is loaded at once
+        diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     return load_model(model, device=device, **changes)

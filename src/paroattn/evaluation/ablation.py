@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.budget import CostStatistics, Selection, allocate, select_by_cost
@@ -132,6 +133,7 @@ def cases(
     lowest: float | None = 0.125,
     precisions: Sequence[tuple[float, str]] = PRECISIONS,
     backend: str = "auto",
+    progress: bool = True,
 ) -> list[Case]:
     """The rows: methods at each density, the paper's and ours also at `lowest`, and precisions.
 
@@ -142,16 +144,28 @@ def cases(
         lowest: a density for the paper's method and ours only; None for none.
         precisions: densities and precisions of further rows of the paper's method and ours.
         backend: of the operator.
+        progress: show a bar on stderr.
     """
-    found: list[Case] = []
+    rows: list[Callable[[], Case]] = []
 
     def add(group: str, method: str, density: float, make: Callable[[], Plan]) -> None:
-        if not methods or method in methods:
+        def row() -> Case:
             plan = make()
             precision = max(map(str, plan.precisions), key=lambda name: "int4" in name)
-            found.append(
-                Case(group, method, density, precision, partial(apply, plan=plan, strict=True, backend=backend), plan)
-            )
+            attach = partial(apply, plan=plan, strict=True, backend=backend)
+            return Case(group, method, density, precision, attach, plan)
+
+        if not methods or method in methods:
+            rows.append(row)
+
+    def add_dynamic(name: str, density: float) -> None:
+        def row() -> Case:
+            orders = _orders(measured.paper) if "orders" in name else None
+            attach = partial(apply_dynamic, name=name, density=density, orders=orders, backend=backend)
+            return Case("baseline", name, density, "exact", attach)
+
+        if not methods or name in methods:
+            rows.append(row)
 
     def ours(**choice: Any) -> Callable[[], Plan]:
         return lambda: select_by_cost(measured.costs, **choice)
@@ -174,11 +188,9 @@ def cases(
         for name in STATIC_BASELINES:
             add("baseline", name, density, partial(_static_baseline, measured, name, density))
         for name in DYNAMIC_BASELINES:
-            if not methods or name in methods:
-                orders = _orders(measured.paper) if "orders" in name else None
-                attach = partial(apply_dynamic, name=name, density=density, orders=orders, backend=backend)
-                found.append(Case("baseline", name, density, "exact", attach))
-    return found
+            add_dynamic(name, density)
+    made = [row() for row in tqdm(rows, desc="plans", unit="plan", disable=not progress)]
+    return list({case.name: case for case in made}.values())
 
 
 def _static_baseline(measured: Measured, name: str, density: float) -> Plan:
