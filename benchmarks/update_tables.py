@@ -5,7 +5,8 @@
 
 A table stands between `<!-- records: NAME -->` and `<!-- end -->`, and NAME.jsonl holds its records. With
 `<!-- records: NAME density=0.3 -->` it shows those of one density only, beside dense SDPA, and with
-`<!-- records: NAME group=parts -->` one group of an ablation beside the paper's method and ours.
+`<!-- records: NAME group=parts -->` one group of an ablation beside the paper's method and ours. Several files have
+plus signs between their names; `table=compensation` shows what compensation costs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs/cpu.md",
-    ROOT / "docs/results.md",
-    ROOT / "src/paroattn/models/moving_digits/README.md",
-)
-TABLE = re.compile(r"(<!-- records: ([\w-]+)(?: (density|group)=([\w.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = tuple(sorted((ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("src/paroattn/models/*/README.md"))))
+TABLE = re.compile(r"(<!-- records: ([\w+-]+)(?: (density|group|table)=([\w.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def evaluation_table(records: list[dict]) -> list[str]:
@@ -75,6 +71,26 @@ def attention_table(records: list[dict]) -> list[str]:
         "Tokens x head_dim. Speed is against the faster of SDPA in fp32 and bf16, as the median of the ratios of "
         f"interleaved rounds; quantising and reordering are included. {heads}. {surroundings(first)} ({backend}).",
     ]
+
+
+def compensation_table(records: list[dict]) -> list[str]:
+    """Time with compensation over time without, by instructions and shape; a column per density and precision."""
+    times: dict[tuple, dict] = {}
+    for record in records:
+        if record["method"] == "paroattn" and record["prologue"]:
+            row = (record["backend"].partition(",")[0], record["tokens"], record["head_dim"])
+            place = (record["density"], record["precision"], record["compensate"])
+            times.setdefault(row, {})[place] = record["median_ms"]
+    columns = list(dict.fromkeys(place[:2] for cells in times.values() for place in cells))
+    heads = (
+        f"{density:g}, {precision.upper() if precision == 'int8' else precision}" for density, precision in columns
+    )
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    for (backend, tokens, head_dim), cells in sorted(times.items()):
+        ratios = (f"{cells[(*column, True)] / cells[(*column, False)]:.2f}" for column in columns)
+        lines.append(f"| `{backend}`, {tokens:,} x {head_dim} | " + " | ".join(ratios) + " |")
+    rounds = sorted({record["rounds"] for record in records})
+    return [*lines, "", f"Ratios of medians of {rounds[0]} to {rounds[-1]} interleaved rounds."]
 
 
 def model_table(records: list[dict]) -> list[str]:
@@ -160,11 +176,13 @@ KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation
 
 def updated(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
-        path = ROOT / "benchmarks" / "records" / f"{match[2]}.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        paths = [ROOT / "benchmarks" / "records" / f"{name}.jsonl" for name in match[2].split("+")]
+        records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
         make = KINDS[records[0]["kind"]]
         if match[3] == "density":
             records = [item for item in records if item["density"] == float(match[4]) or item["method"] == "sdpa"]
+        elif match[3] == "table":
+            make = {"compensation": compensation_table}[match[4]]
         elif match[3] == "group" and match[4] == "all":
             make = closeness_table
         elif match[3] == "group":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from paroattn.models import VIDEO
+from paroattn.models import BUNDLED, VIDEO
 
 DENSITIES = (0.5, 0.3, 0.2)
 
@@ -64,10 +65,14 @@ model_options = options(
     click.option("--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."),
 )
 comparison_options = options(
-    click.option(
-        "--pairs", "pair_count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompt/seed pairs."
-    ),
     click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101."),
+    click.option(
+        "--prompts",
+        "prompt_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File of prompts to evaluate on: one per line, or VBench's JSON list (prompt_en, dimension).",
+    ),
+    click.option("--pairs", "pair_count", type=click.IntRange(min=1), help="Only so many prompt/seed pairs."),
     click.option(
         "--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable."
     ),
@@ -80,6 +85,8 @@ comparison_options = options(
         show_default=True,
         help="Densities to compare at; repeatable.",
     ),
+    click.option("--clip-model", type=click.Path(path_type=Path), help="Folder of a CLIP model, for the CLIP score."),
+    click.option("--fvd-model", type=click.Path(path_type=Path), help="TorchScript file of an I3D network, for FVD."),
 )
 backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
@@ -91,6 +98,7 @@ def load(model: str, device: str | None, **changes: Any) -> Any:
 
     from paroattn.integrations.generation import load_model
 
-    diffusers_logging.disable_progress_bar()
+    if model in BUNDLED:  # is loaded at once
+        diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     return load_model(model, device=device, **changes)

@@ -6,7 +6,7 @@ from prompt to prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,7 +20,22 @@ from paroattn.calibration.statistics import OrderCriterion, order_metrics, proba
 from paroattn.grid import TokenGrid
 
 
-class OrderScores:
+class Accumulator:
+    """What is added up over attention calls, as tensors that can be saved and put back."""
+
+    _accumulated: tuple[str, ...] = ()  # names of the attributes that are added to; some may be None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was added up so far, without a copy."""
+        return {name: tensor for name in self._accumulated if (tensor := getattr(self, name)) is not None}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the state of an accumulator that was made with the same arguments."""
+        for name, tensor in state.items():
+            getattr(self, name).copy_(tensor)
+
+
+class OrderScores(Accumulator):
     """Mean order metrics per layer, head and candidate order.
 
     Args:
@@ -30,6 +45,8 @@ class OrderScores:
         criterion: thresholds of the metrics.
         row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
     """
+
+    _accumulated = ("_totals", "_samples")
 
     def __init__(
         self,
@@ -64,7 +81,7 @@ class OrderScores:
         return sparse, incoherence
 
 
-class BlockSums:
+class BlockSums(Accumulator):
     """Mean block sums per step bucket, layer and head, for one or more choices of the heads' orders.
 
     Args:
@@ -73,6 +90,8 @@ class BlockSums:
         grid: the token grid.
         kernels_for: what computes on a device.
     """
+
+    _accumulated = ("_sums", "_samples")
 
     def __init__(
         self,
@@ -106,7 +125,7 @@ class BlockSums:
         return self._sums / self._samples.clamp(min=1).view(*self._samples.shape, 1, 1, 1)
 
 
-class OrderErrors:
+class OrderErrors(Accumulator):
     """Errors of the attention output when blocks are skipped, per layer, head and candidate order.
 
     Args:
@@ -117,6 +136,8 @@ class OrderErrors:
         row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
         kernels_for: what computes on a device.
     """
+
+    _accumulated = ("_errors",)
 
     def __init__(
         self,
@@ -129,8 +150,8 @@ class OrderErrors:
         seed: int,
         kernels_for: KernelsFor = reference_everywhere,
     ):
+        self.order_names = order_names
         self._kernels_for = kernels_for
-        self._order_names = order_names
         self._block_q = block_q
         self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
         self._errors = torch.zeros(layers, heads, len(order_names), len(LEVELS), dtype=torch.float64)
@@ -141,7 +162,7 @@ class OrderErrors:
         for sample in call.samples():
             required = text_blocks(sample.grid, self._block_q)
             settings = {"block_q": self._block_q, "q_blocks": self._q_blocks}
-            for number, name in enumerate(self._order_names):
+            for number, name in enumerate(self.order_names):
                 orders = [order_of(name, sample.grid)] * call.heads
                 for head, found in enumerate(skip_costs(*sample.heads(), orders, call.scale, required, **settings)):
                     # A skipped block is dropped or approximated, whichever is better.
@@ -152,7 +173,7 @@ class OrderErrors:
         return self._errors.clamp(min=1e-30).log().mean(-1).argmin(-1).to(torch.uint8)
 
 
-class StepChange:
+class StepChange(Accumulator):
     """How much the heads' attention maps change from one denoising step to the next.
 
     Args:
@@ -180,6 +201,16 @@ class StepChange:
                     places = torch.searchsorted(self._rows, rows)
                     sums[call.layer, head, places, self._columns] += p.sum((1, 3))[:, self._columns].cpu()
 
+    def state(self) -> dict[str, Tensor]:
+        called = torch.tensor([(step, layer) for step, layers in self._calls.items() for layer in sorted(layers)])
+        return {"calls": called.view(-1, 2), **{str(step): sums for step, sums in self._sums.items()}}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._sums = {int(name): tensor.clone() for name, tensor in state.items() if name != "calls"}
+        self._calls = {step: set() for step in self._sums}
+        for step, layer in state["calls"].tolist():
+            self._calls[step].add(layer)
+
     def changes(self) -> list[float]:
         """Mean relative L2 change of the block sums from each step to the next; one fewer than there are steps.
 
@@ -196,7 +227,7 @@ class StepChange:
         return found
 
 
-class BlockCosts:
+class BlockCosts(Accumulator):
     """Mean costs and errors of skipping blocks per step bucket, layer and head, in the heads' orders.
 
     Costs are kept in bfloat16: only their ranks within a head matter, and a large model has billions of them.
@@ -210,6 +241,8 @@ class BlockCosts:
         block_sums: also keep the block sums of P.
         kernels_for: what computes on a device.
     """
+
+    _accumulated = ("_block_sums", "_costs", "_errors", "_norms", "_samples")
 
     def __init__(
         self,

@@ -54,14 +54,15 @@ def _video_rows(evaluation: Evaluation, fps: int) -> list[dict[str, Any]]:
             "seed": seed,
             "video": video_row([videos[number] for videos in evaluation.videos.values()], fps),
         }
-        for number, (prompt, seed) in enumerate(evaluation.pairs)
+        for number, (prompt, seed) in enumerate(evaluation.pairs[: len(next(iter(evaluation.videos.values())))])
     ]
 
 
 def _plan_to_show(results: Sequence[VariantResult]) -> Plan:
     """The reordering plan nearest to density 0.3, else the first plan."""
-    reordering = [result.variant.plan for result in results if len(result.variant.plan.order_names) > 1]
-    return min(reordering or [results[0].variant.plan], key=lambda plan: abs(plan.density() - 0.3))
+    plans = [result.variant.plan for result in results if result.variant.plan is not None]
+    reordering = [plan for plan in plans if len(plan.order_names) > 1]
+    return min(reordering or plans[:1], key=lambda plan: abs(plan.density() - 0.3))
 
 
 def _order_rows(plan: Plan) -> list[dict[str, Any]]:
