@@ -6,8 +6,7 @@ from prompt to prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from paroattn.block_mask import BLOCK, block_count, text_blocks, visual_blocks
 from paroattn.calibration.calls import AttentionCall, order_of
 from paroattn.calibration.kernels import KernelsFor, reference_everywhere
-from paroattn.calibration.skip_cost import LEVELS
+from paroattn.calibration.skip_cost import LEVELS, SkipCosts
 from paroattn.calibration.statistics import OrderCriterion, order_metrics, probability_blocks
 from paroattn.grid import TokenGrid
 
@@ -159,22 +158,15 @@ class OrderErrors(Accumulator):
 
     def add(self, call: AttentionCall) -> None:
         """Take one attention call."""
-        samples = list(call.samples())
         skip_costs = self._kernels_for(call.query.device).skip_costs
-
-        def compare(head: int) -> None:
-            for sample in samples:
-                q, k, v = sample.head(head)
-                required = text_blocks(sample.grid, self._block_q)
-                for number, name in enumerate(self.order_names):
-                    order = order_of(name, sample.grid)
-                    found = skip_costs(
-                        q, k, v, order, call.scale, required, block_q=self._block_q, q_blocks=self._q_blocks
-                    )
+        for sample in call.samples():
+            required = text_blocks(sample.grid, self._block_q)
+            settings = {"block_q": self._block_q, "q_blocks": self._q_blocks}
+            for number, name in enumerate(self.order_names):
+                orders = [order_of(name, sample.grid)] * call.heads
+                for head, found in enumerate(skip_costs(*sample.heads(), orders, call.scale, required, **settings)):
                     # A skipped block is dropped or approximated, whichever is better.
                     self._errors[call.layer, head, number] += found.errors.amin(0) / max(found.norm, 1e-30)
-
-        _for_each_head(compare, call)
 
     def choose(self) -> Tensor:
         """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over `LEVELS`."""
@@ -277,23 +269,21 @@ class BlockCosts(Accumulator):
 
     def add(self, bucket: int, call: AttentionCall) -> None:
         """Take one attention call."""
-        samples = list(call.samples())
         skip_costs = self._kernels_for(call.query.device).skip_costs
+        for sample in call.samples():
+            orders = [order_of(name, sample.grid) for name in self._names[call.layer]]
+            required = text_blocks(sample.grid, self._block_q)
+            found = skip_costs(*sample.heads(), orders, call.scale, required, block_q=self._block_q)
+            for head, own in enumerate(found):
+                self._add(own, (bucket, call.layer, head))
+            self._samples[bucket, call.layer] += 1
 
-        def add_head(head: int) -> None:
-            place = (bucket, call.layer, head)
-            for sample in samples:
-                order = order_of(self._names[call.layer][head], sample.grid)
-                required = text_blocks(sample.grid, self._block_q)
-                found = skip_costs(*sample.head(head), order, call.scale, required, block_q=self._block_q)
-                if self._block_sums is not None:
-                    self._block_sums[place][self._visual] += found.block_sums[self._visual]
-                self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
-                self._errors[(slice(None), *place)] += found.errors
-                self._norms[place] += found.norm
-
-        _for_each_head(add_head, call)
-        self._samples[bucket, call.layer] += len(samples)
+    def _add(self, found: SkipCosts, place: tuple[int, int, int]) -> None:
+        if self._block_sums is not None:
+            self._block_sums[place][self._visual] += found.block_sums[self._visual]
+        self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
+        self._errors[(slice(None), *place)] += found.errors
+        self._norms[place] += found.norm
 
     def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are
@@ -307,24 +297,6 @@ class BlockCosts(Accumulator):
             self._errors / samples.unsqueeze(-1),
             self._norms / samples,
         )
-
-
-def _for_each_head(task: Callable[[int], None], call: AttentionCall) -> None:
-    """Call `task` with every head of a call; on a CPU one thread takes one head at a time.
-
-    Many small operations in a row are faster so than each of them spread over all threads, above all when something
-    else runs beside them.
-    """
-    threads = torch.get_num_threads()
-    if call.query.device.type != "cpu" or threads == 1:
-        for head in range(call.heads):
-            task(head)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(task, range(call.heads)))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tensor:

@@ -32,7 +32,7 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
         tensor([[ True, False],
                 [ True,  True]])
     """
-    forced = _forced(score, required)
+    forced = _forced(score, required).flatten()
     wanted = max(round(density * score.numel()), int(forced.sum()))
     kept = torch.zeros_like(forced)
     kept[score.flatten().masked_fill(forced, torch.inf).topk(wanted).indices] = True
@@ -40,11 +40,12 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
 
 
 def keep_levels(score: Tensor, densities: Sequence[float], required: Tensor) -> Tensor:
-    """`keep_best` for several densities at once, each keeping what the ones below it keep.
+    """`keep_best` of each head apart for several densities at once, each keeping what the ones below it keep.
 
     Args:
-        score, required: as `keep_best`.
+        score: [..., q blocks, kv blocks]; leading dimensions are heads.
         densities: ascending.
+        required: as `keep_best`.
 
     Returns:
         int64 like score: how many of the densities leave the block out. Density number i keeps those <= i.
@@ -54,20 +55,21 @@ def keep_levels(score: Tensor, densities: Sequence[float], required: Tensor) -> 
         tensor([[0, 2],
                 [1, 0]])
     """
-    forced = _forced(score, required)
-    least = int(forced.sum())
-    wanted = torch.tensor([max(round(density * score.numel()), least) for density in densities], device=score.device)
-    best_first = score.flatten().masked_fill(forced, torch.inf).argsort(descending=True)
+    forced = _forced(score, required).flatten(-2)
+    blocks = forced.shape[-1]
+    asked = torch.tensor([round(density * blocks) for density in densities], device=score.device)
+    wanted = asked.maximum(forced.sum(-1, keepdim=True))
+    best_first = score.flatten(-2).masked_fill(forced, torch.inf).argsort(-1, descending=True)
     rank = torch.empty_like(best_first)
-    rank[best_first] = torch.arange(len(rank), device=score.device)
+    rank.scatter_(-1, best_first, torch.arange(blocks, device=score.device).expand_as(rank))
     return torch.searchsorted(wanted, rank, right=True).view_as(score)
 
 
 def _forced(score: Tensor, required: Tensor) -> Tensor:
-    """Blocks kept at any density, flat: required ones, and the best one of each row that has none."""
+    """Blocks kept at any density, bool like score: required ones, and the best one of each row that has none."""
     best = score.argmax(-1, keepdim=True)
     alone = ~required.any(-1, keepdim=True)
-    return (required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)).flatten()
+    return required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def least_density(grid: TokenGrid, block_q: int = 64) -> float:

@@ -47,13 +47,13 @@ class MaskTable:
         self._index[places] = 0
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """The masks in use, uint8 [masks, q blocks, ceil(kv blocks / 8)], and int32 [buckets, layers, heads] into them."""
+        """The masks in use, uint8 [masks, q blocks, bytes], and the index into them, int32 [buckets, layers, heads]."""
         used, index = self._index.unique(return_inverse=True)
         return torch.stack([self._masks[number] for number in used.tolist()]), index.to(torch.int32)
 
     def _number_of(self, mask: Tensor) -> int:
         bits = pack_bits(mask)
-        key = hashlib.sha256(bits.contiguous().numpy()).digest()
+        key = hashlib.sha256(bits.contiguous().numpy().data).digest()
         if key not in self._numbers:
             self._numbers[key] = len(self._masks)
             self._masks.append(bits)

@@ -15,7 +15,8 @@ from paroattn.ops.triton_attention import INTERPRETED, on_device_of, target_here
 from paroattn.ops.triton_configs import Config, Kind, config, dense_block_q
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_CHUNK = 128  # tokens that one program of the statistics reads
+_CHUNK, _TILE = 512, 32  # tokens that one program of the statistics reads, and how many at a time
+_ROWS_AT_ONCE = 64  # rows of blocks that one program of the schedule ranks
 
 
 def run(
@@ -110,7 +111,7 @@ class _Call:
             HEAD_DIM=self.head_dim,
             D=self.width,
             CHUNK=_CHUNK,
-            num_warps=8,
+            TILE=_TILE,
         )
         return partial
 
@@ -252,6 +253,7 @@ class _Call:
             SWAPPED=chosen.swapped,
             ASM=chosen.asm and not INTERPRETED,
             NUM_STAGES=chosen.num_stages,
+            SUMS=chosen.sums and not INTERPRETED,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )
@@ -324,8 +326,14 @@ class _Call:
             COLUMNS=triton.next_power_of_2(self.kv_blocks),
         )
         slot_order, row_order = self.new(slots, dtype=torch.int32), torch.empty_like(counts)
-        triton_prologue.schedule[(slots,)](
-            counts, slot_order, row_order, slots, self.q_blocks, ROWS=triton.next_power_of_2(self.q_blocks)
+        triton_prologue.schedule[(block_count(self.q_blocks, _ROWS_AT_ONCE), slots)](
+            counts,
+            slot_order,
+            row_order,
+            slots,
+            self.q_blocks,
+            ROWS=max(_ROWS_AT_ONCE, triton.next_power_of_2(self.q_blocks)),
+            TILE=_ROWS_AT_ONCE,
         )
         return slot_order, row_order, counts, indices
 
