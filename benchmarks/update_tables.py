@@ -73,6 +73,44 @@ def attention_table(records: list[dict]) -> list[str]:
     ]
 
 
+def gpu_attention_table(records: list[dict]) -> list[str]:
+    """Milliseconds, prologue and ratios to SDPA's kernels, a table per shape."""
+    lines: list[str] = []
+    shapes = list(dict.fromkeys((record["batch"], record["heads"], record["tokens"]) for record in records))
+    for shape in shapes:
+        own = [record for record in records if (record["batch"], record["heads"], record["tokens"]) == shape]
+        dense = list(own[0]["times_each"])
+        lines += [
+            f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:",
+            "",
+            "| | blocks | density | ms | prologue | TFLOP/s | "
+            + " | ".join(f"x {name.rpartition(' ')[0]}" for name in dense)
+            + " | matrix floor | exp2 floor |",
+            "|---|---|---|---|---|---|" + "---|" * (len(dense) + 2),
+        ]
+        for record in own:
+            floors = (record["matrix_floor_ms"], record["exp2_floor_ms"])
+            cells = (
+                f"{record['method']} {record['precision']}" + (", compensated" if record["compensate"] else ""),
+                "" if record["density"] == 1 else f"{record['block_q']} x 64",
+                f"{record['density']:g}",
+                f"{record['median_ms']:.2f}",
+                f"{record['prologue_ms']:.2f}" if "prologue_ms" in record else "",
+                f"{record['tflops']:.0f}",
+                *(f"{ratio:.2f}" for ratio in record["times_each"].values()),
+                *("" if floor is None else f"{floor:.2f}" for floor in floors),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    first = records[0]
+    return [
+        *lines,
+        f"Median of {first['rounds']} interleaved rounds in bfloat16, everything included; ratios are medians of the "
+        "rounds' ratios; the prologue is the GPU time of its kernels. "
+        f"{first['gpu']}; {surroundings(first)}.",
+    ]
+
+
 def compensation_table(records: list[dict]) -> list[str]:
     """Time with compensation over time without, by instructions and shape; a column per density and precision."""
     times: dict[tuple, dict] = {}
@@ -179,6 +217,8 @@ def updated(text: str) -> str:
         paths = [ROOT / "benchmarks" / "records" / f"{name}.jsonl" for name in match[2].split("+")]
         records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
         make = KINDS[records[0]["kind"]]
+        if make is attention_table and "gpu" in records[0]:
+            make = gpu_attention_table
         if match[3] == "density":
             records = [item for item in records if item["density"] == float(match[4]) or item["method"] == "sdpa"]
         elif match[3] == "table":

@@ -38,6 +38,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Sequence length.")
 @click.option("--heads", type=click.IntRange(min=1), default=2, show_default=True, help="Attention heads.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--head-dim", type=click.IntRange(1, 128), default=64, show_default=True, help="Channels per head.")
 @click.option("--densities", callback=_numbers, default="1,0.5,0.3,0.2", show_default=True, help="Shares of blocks.")
 @click.option("--precisions", default="exact,int8", show_default=True, help="exact, bf16, int8, int4 or qk/pv pairs.")
@@ -54,6 +55,7 @@ def bench_attention(
     tokens: int,
     heads: int,
     head_dim: int,
+    batch: int,
     precisions: str,
     block_q: str,
     output: Path | None,
@@ -69,7 +71,7 @@ def bench_attention(
     from paroattn.evaluation.bench import bench_attention as run
     from paroattn.evaluation.tables import attention_table
 
-    shape = Shape(tokens, heads, head_dim)
+    shape = Shape(tokens, heads, head_dim, batch)
     try:
         records = run(shape, precisions=precisions.split(","), block_q=int(block_q), progress=not as_json, **settings)
     except ArithmeticError as error:
