@@ -121,7 +121,6 @@ def compile_forward(
         "SWAPPED": config.swapped,
         "ASM": config.asm,
         "NUM_STAGES": config.num_stages,
-        "SUMS": config.sums,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return compile_kernel(triton_forward.attention_forward, target, types, constants, **options)

@@ -52,7 +52,6 @@ class Config:
     width: int = 64
     swapped: bool = False
     asm: bool = False
-    sums: bool = False
 
 
 OVERRIDES: dict[tuple[str, Kind], Config] = {}
@@ -85,7 +84,8 @@ def _table(target: str, kind: Kind) -> Config:
         if kind.head_dim == 64 and kind.block_q == 128:
             return Config(warps, 3, 128, swapped, asm)
         if kind.qk == "int8" and eight_bit:
-            return Config(warps, 3, 128, swapped, asm)
+            one = kind.pv == "fp8" and kind.head_dim == 128 and kind.block_q == 64
+            return Config(warps, 3, 64 if one else 128, swapped, asm)
         if kind.head_dim == 64 and kind.qk == kind.pv:
             return Config(warps, 2, 128, swapped, asm)
         return Config(warps, 3, 64, swapped, asm)

@@ -55,33 +55,6 @@ def _pack_int8(p, ASM: tl.constexpr):
 
 
 @triton.jit
-def _pack_and_sum_int8(p):
-    """P in [0, 127] rounded to int8, and the sum of each four in the first of their places."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .s32 a, b, c, d;
-        .reg .b32 upper, ones;
-        mov.b32 ones, 0x01010101;
-        cvt.rni.s32.f32 a, $5;
-        cvt.rni.s32.f32 b, $6;
-        cvt.rni.s32.f32 c, $7;
-        cvt.rni.s32.f32 d, $8;
-        cvt.pack.sat.s8.s32.b32 upper, d, c, 0;
-        cvt.pack.sat.s8.s32.b32 $0, b, a, upper;
-        dp4a.s32.s32 $1, $0, ones, 0;
-        mov.b32 $2, 0;
-        mov.b32 $3, 0;
-        mov.b32 $4, 0;
-        }""",
-        "=r,=r,=r,=r,=r,f,f,f,f",
-        [p],
-        dtype=(tl.int8, tl.int32),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
 def _cast(x, FORMAT: tl.constexpr):
     if FORMAT == "fp16":
         return x.to(tl.float16)
@@ -117,55 +90,10 @@ def _units(unit, highest, step_maximum):
 
 
 @triton.jit
-def _products(q, k_ptr, block0, block1, D: tl.constexpr, WIDTH: tl.constexpr, QK: tl.constexpr):
-    column, channel = tl.arange(0, WIDTH), tl.arange(0, D)
-    block = tl.where(column < BLOCK_KV, block0, block1)
-    start, within = block * (BLOCK_KV * D), column % BLOCK_KV
-    keys = tl.load(k_ptr + start[None, :] + within[None, :] * D + channel[:, None])
-    if QK == "int8":
-        return tl.dot(q, keys, out_dtype=tl.int32)
-    else:
-        return tl.dot(q, keys)
-
-
-@triton.jit
 def _step(
     acc, total, unit, highest, q, q_factor, k_ptr, v_ptr, k_scale_ptr, block0, block1, bias, v_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
-    MASKED: tl.constexpr, SCALED: tl.constexpr, SWAPPED: tl.constexpr, ASM: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    products = _products(q, k_ptr, block0, block1, D, WIDTH, QK)
-    return _absorb(
-        acc,
-        total,
-        unit,
-        highest,
-        products,
-        q_factor,
-        v_ptr,
-        k_scale_ptr,
-        block0,
-        block1,
-        bias,
-        v_scale,
-        D,
-        BLOCK_Q,
-        WIDTH,
-        QK,
-        PV,
-        MASKED,
-        SCALED,
-        SWAPPED,
-        ASM,
-        SUMS,
-    )
-
-
-@triton.jit
-def _absorb(
-    acc, total, unit, highest, products, q_factor, v_ptr, k_scale_ptr, block0, block1, bias, v_scale,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
-    MASKED: tl.constexpr, SCALED: tl.constexpr, SWAPPED: tl.constexpr, ASM: tl.constexpr, SUMS: tl.constexpr,
+    MASKED: tl.constexpr, SCALED: tl.constexpr, SWAPPED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Attend block0, with WIDTH 128 also block1: two kept blocks, gathered into one tile, share products and unit.
 
@@ -174,10 +102,13 @@ def _absorb(
     column, channel = tl.arange(0, WIDTH), tl.arange(0, D)
     block = tl.where(column < BLOCK_KV, block0, block1)
     start, within = block * (BLOCK_KV * D), column % BLOCK_KV
+    keys = tl.load(k_ptr + start[None, :] + within[None, :] * D + channel[:, None])
     if QK == "int8":
+        products = tl.dot(q, keys, out_dtype=tl.int32)
         scale0, scale1 = tl.load(k_scale_ptr + block0), tl.load(k_scale_ptr + block1)
         factor = q_factor[:, None] * tl.where(column < BLOCK_KV, scale0, scale1)[None, :]
     else:
+        products = tl.dot(q, keys)
         factor = q_factor[:, None]
 
     if MASKED:
@@ -197,15 +128,7 @@ def _absorb(
         unit, highest, weight = _units(unit, highest, step_maximum)
         p = tl.math.exp2(products.to(tl.float32) * factor - (unit - _p_exponent(PV))[:, None])
 
-    if SUMS:
-        if SWAPPED:
-            p = tl.reshape(p, (BLOCK_Q, WIDTH // 16, 2, 4, 2))
-            p = tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BLOCK_Q, WIDTH))
-        operand, sums = _pack_and_sum_int8(p)
-        step_total = tl.sum(sums, 1).to(tl.float32)
-    else:
-        operand = _operand(p, BLOCK_Q, WIDTH, PV, SWAPPED, ASM)
-        step_total = tl.sum(p, 1)
+    operand = _operand(p, BLOCK_Q, WIDTH, PV, SWAPPED, ASM)
     if PV == "int8" or PV == "fp8":  # stored transposed
         values = tl.load(v_ptr + start[:, None] + channel[None, :] * BLOCK_KV + within[:, None])
     else:
@@ -216,7 +139,7 @@ def _absorb(
         product = tl.dot(operand, values)
     # A sum of its own: what tensor cores add in fp8 has less than float32's precision. The order saves registers.
     acc = acc * weight[:, None] + (product * v_scale if SCALED else product)
-    total = total * weight + step_total
+    total = total * weight + tl.sum(p, 1)
     return acc, total, unit, highest
 
 
@@ -245,7 +168,6 @@ def attention_forward(
     batch, heads, group, tokens, slots, q_blocks, kv_blocks, mean_blocks, mask_bytes,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
     WIDTH: tl.constexpr, SWAPPED: tl.constexpr, ASM: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SUMS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one block of queries; the grid is `batch * slots * q_blocks` programs, the heaviest first.
 
@@ -310,7 +232,7 @@ def attention_forward(
         next1 = _kept_block(indices_ptr, step * EACH + 2 * EACH - 1, whole, LISTED)
         acc, total, unit, highest = _step(
             acc, total, unit, highest, q, q_factor, k_ptr, v_ptr, k_scale_ptr, block0, block1, 0.0, 1.0,
-            D, BLOCK_Q, WIDTH, QK, PV, False, False, SWAPPED, ASM, SUMS,
+            D, BLOCK_Q, WIDTH, QK, PV, False, False, SWAPPED, ASM,
         )  # fmt: skip
         if visited_ptr is not None:
             visited += EACH
@@ -323,7 +245,7 @@ def attention_forward(
             bias += tl.load(bias_ptr + block * BLOCK_KV + tl.arange(0, BLOCK_KV))
         acc, total, unit, highest = _step(
             acc, total, unit, highest, q, q_factor, k_ptr, v_ptr, k_scale_ptr, block, block, bias, 1.0,
-            D, BLOCK_Q, BLOCK_KV, QK, PV, True, False, SWAPPED, ASM, SUMS,
+            D, BLOCK_Q, BLOCK_KV, QK, PV, True, False, SWAPPED, ASM,
         )  # fmt: skip
         if visited_ptr is not None:
             visited += 1
@@ -345,7 +267,7 @@ def attention_forward(
                 v_scale = tl.load(mean_v_scale_ptr + packed * mean_blocks + block)
             acc, total, unit, highest = _step(
                 acc, total, unit, highest, q, q_factor, mean_k_ptr, mean_v_ptr, mean_k_scale_ptr, block, block, bias,
-                v_scale, D, BLOCK_Q, BLOCK_KV, QK, PV, True, PV == "int8" or PV == "fp8", SWAPPED, ASM, SUMS,
+                v_scale, D, BLOCK_Q, BLOCK_KV, QK, PV, True, PV == "int8" or PV == "fp8", SWAPPED, ASM,
             )  # fmt: skip
 
     # A total of 0 means that the key mask hides every kept key: the output is 0 then, and lse -inf.

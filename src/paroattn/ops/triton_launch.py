@@ -253,7 +253,6 @@ class _Call:
             SWAPPED=chosen.swapped,
             ASM=chosen.asm and not INTERPRETED,
             NUM_STAGES=chosen.num_stages,
-            SUMS=chosen.sums and not INTERPRETED,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )
