@@ -162,6 +162,27 @@ def model_table(records: list[dict]) -> list[str]:
     ]
 
 
+def calibration_table(records: list[dict]) -> list[str]:
+    """Milliseconds per head by call and shape, and how many dense attentions of a head that is."""
+    shapes = list(dict.fromkeys((record["tokens"], record["head_dim"]) for record in records))
+    cells: dict[str, dict] = {}
+    for record in records:
+        cell = f"{record['median_ms']:.2f} ms ({record['over_dense']:.1f})"
+        cells.setdefault(record["call"], {})[record["tokens"], record["head_dim"]] = cell
+    lines = [
+        "| | " + " | ".join(f"{tokens:,} x {head_dim}" for tokens, head_dim in shapes) + " |",
+        "|---|" + "---|" * len(shapes),
+        *(f"| {call} | " + " | ".join(own.get(shape, "") for shape in shapes) + " |" for call, own in cells.items()),
+    ]
+    first = records[0]
+    return [
+        *lines,
+        "",
+        "Per head, tokens x head_dim, medians; in brackets over dense attention of a head by SDPA's flash kernel. "
+        f"{first['gpu']}; {surroundings(first)}.",
+    ]
+
+
 def ablation_table(records: list[dict]) -> list[str]:
     """PSNR of each method, a column per density (and precision), and paired differences to the paper's method."""
     places = list(dict.fromkeys((record["asked_density"], record["precision"]) for record in records))
@@ -209,7 +230,13 @@ def surroundings(record: dict) -> str:
     return f"{record['machine']}, {threads}; {versions}"
 
 
-KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table, "model": model_table}
+KINDS = {
+    "evaluation": evaluation_table,
+    "attention": attention_table,
+    "ablation": ablation_table,
+    "model": model_table,
+    "gpu calibration": calibration_table,
+}
 
 
 def updated(text: str) -> str:
