@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from paroattn.models import IMAGE, VIDEO
 from paroattn.plan import Plan
@@ -89,6 +88,11 @@ _comparison_options = _options(
 )
 _backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+_report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="HTML page to write; default: report.html in the output folder.",
+)
 _seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
 
 
@@ -119,25 +123,28 @@ def main() -> None:
     help="Where report.html, records.jsonl and the plan are written.",
 )
 @click.option("--image", is_flag=True, help="With the bundled image model instead of the video model.")
+@_report_option
 @_model_options
 @_backend_option
 @_json_option
-def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arguments: Any) -> None:
+def demo(
+    output_dir: Path, image: bool, report: Path | None, as_json: bool, backend: str, **model_arguments: Any
+) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
-    Writes report.html with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
+    Writes a page with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
     """
     if image:
         model_arguments["model"] = IMAGE
     model = _load(**model_arguments)
     calibration, pairs = _prompts(model, (), (), _DEMO_PAIRS)
-    _compare(model, calibration, pairs, _DENSITIES, (0.3,), (0.3,), output_dir, backend, as_json)
+    _compare(model, calibration, pairs, _DENSITIES, (0.3,), (0.3,), output_dir, report, backend, as_json)
 
 
 @main.command(
     epilog=_examples(
         "paroattn evaluate --output-dir runs/full",
-        "paroattn evaluate --plan mine.safetensors --pairs 4",
+        "paroattn evaluate --plan mine.safetensors --pairs 4 --report mine.html",
         "paroattn evaluate --model folder --calibration-prompt 'a cat' --prompt 'a dog' --prompt 'a harbour'",
     ),
 )
@@ -156,6 +163,7 @@ def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arg
     show_default=True,
     help="Where report.html, records.jsonl and the plans are written.",
 )
+@_report_option
 @_model_options
 @_backend_option
 @_json_option
@@ -166,6 +174,7 @@ def evaluate(
     calibration_prompts: tuple[str, ...],
     densities: tuple[float, ...],
     output_dir: Path,
+    report: Path | None,
     as_json: bool,
     backend: str,
     **model_arguments: Any,
@@ -175,13 +184,13 @@ def evaluate(
     model = _load(**model_arguments)
     calibration, pairs = _prompts(model, calibration_prompts, prompts, pair_count, need_calibration=not plans)
     if not plans:
-        _compare(model, calibration, pairs, densities, densities, (0.3,), output_dir, backend, as_json)
+        _compare(model, calibration, pairs, densities, densities, (0.3,), output_dir, report, backend, as_json)
         return
 
     from paroattn.evaluation.pairs import Variant, evaluate_variants
 
     variants = [Variant(path.stem, plan) for path, plan in zip(plans, loaded, strict=True)]
-    _finish(model, evaluate_variants(model, variants, pairs, backend=backend), None, output_dir, as_json)
+    _finish(model, evaluate_variants(model, variants, pairs, backend=backend), output_dir, report, backend, as_json)
 
 
 @main.command(
@@ -197,8 +206,9 @@ def evaluate(
     type=click.Path(path_type=Path, file_okay=False),
     default="runs/ablate",
     show_default=True,
-    help="Where records.jsonl is written.",
+    help="Where report.html and records.jsonl are written.",
 )
+@_report_option
 @_model_options
 @_backend_option
 @_json_option
@@ -209,6 +219,7 @@ def ablate(
     densities: tuple[float, ...],
     methods: tuple[str, ...],
     output_dir: Path,
+    report: Path | None,
     as_json: bool,
     backend: str,
     **model_arguments: Any,
@@ -220,6 +231,8 @@ def ablate(
     from paroattn.calibration.keep import check_density
     from paroattn.evaluation import ablation
     from paroattn.evaluation.records import write_records
+    from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.rows import Row
     from paroattn.evaluation.tables import ablation_table
 
     for density in densities:
@@ -238,12 +251,16 @@ def ablate(
         results.append(result)
         records = ablation.ablation_records(model, results, pairs)
         write_records(records, output_dir / "records.jsonl")  # after each row, so that an interrupted run leaves rows
+    report = report or output_dir / "report.html"
+    plans = {Row(record).name: item.case.plan for record, item in zip(records, results, strict=True)}
+    write_report(report, records, plans=plans)
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
     console = _console()
     console.print(ablation_table(records))
     console.print(f"records: {output_dir / 'records.jsonl'}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
 
 
 @main.command(
@@ -374,40 +391,41 @@ def generate(
     click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels")
 
 
-@main.command(epilog=_examples("paroattn inspect plan.safetensors", "paroattn inspect plan.safetensors --json"))
+@main.command(
+    epilog=_examples(
+        "paroattn inspect plan.safetensors",
+        "paroattn inspect plan.safetensors --html plan.html",
+        "paroattn inspect plan.safetensors --diff other.safetensors --json",
+    )
+)
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page to look into heads.")
+@click.option("--diff", "other", type=click.Path(path_type=Path), help="Compare with this plan instead.")
 @_json_option
-def inspect(path: Path, as_json: bool) -> None:
-    """Show what a plan file holds."""
+def inspect(path: Path, html: Path | None, other: Path | None, as_json: bool) -> None:
+    """Show what a plan file holds, or in what two plans differ."""
+    from paroattn.evaluation.inspection import plan_difference, plan_facts
+    from paroattn.evaluation.plan_tables import difference_tables, plan_tables
+
     plan = Plan.load(path)
-    facts = {
-        "model": f"{plan.model.class_name}, {plan.model.layers} layers of {plan.model.heads} heads, "
-        f"head_dim {plan.model.head_dim}",
-        "grid": str(plan.grid),
-        "density": round(plan.density(), 6),
-        "visual density": round(plan.density(visual_only=True), 6),
-        "precisions": [str(precision) for precision in plan.precisions],
-        "step buckets start at": list(plan.bucket_edges),
-        "masks": plan.mask_table.shape[0],
-        "blocks": f"{plan.block_q} x {plan.block_kv}",
-        "size in bytes": path.stat().st_size,
-        "calibration": dict(plan.provenance),
-    }
-    orders = [[plan.order_names[index] for index in layer] for layer in plan.order_index.tolist()]
-    densities = plan.densities().mean(0).tolist()
+    if other is None:
+        facts = {**plan_facts(plan), "size in bytes": path.stat().st_size}
+        tables = plan_tables(facts, path.name)
+    else:
+        facts = plan_difference(plan, Plan.load(other))
+        tables = difference_tables(facts, path.name, other.name)
+    if html is not None:
+        from paroattn.evaluation.report import write_plan_page
+
+        write_plan_page(html, plan, path.name)
     if as_json:
-        click.echo(json.dumps({**facts, "orders": orders, "head densities": densities}, indent=2))
+        click.echo(json.dumps(facts, indent=2))
         return
     console = _console()
-    table = Table(show_header=False, title=str(path))
-    for name, value in facts.items():
-        shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-        table.add_row(name, shown)
-    console.print(table)
-    heads = Table("layer", *(f"head {head}" for head in range(plan.model.heads)), title="token order and density")
-    for number, (names, layer) in enumerate(zip(orders, densities, strict=True)):
-        heads.add_row(str(number), *(f"{name} {density:.3f}" for name, density in zip(names, layer, strict=True)))
-    console.print(heads)
+    for table in tables:
+        console.print(table)
+    if html is not None:
+        console.print(f"page: {html}", soft_wrap=True)
 
 
 @main.group()
@@ -512,6 +530,7 @@ def _compare(
     paper_at: Sequence[float],
     int8_at: Sequence[float],
     output_dir: Path,
+    report: Path | None,
     backend: str,
     as_json: bool,
 ) -> None:
@@ -528,24 +547,33 @@ def _compare(
         model.call_arguments(prompt)  # unknown words are found before minutes of calibration
     arguments = [model.call_arguments(prompt) for prompt in calibration]
     common: dict[str, Any] = {"densities": all_densities, "prompt_texts": calibration}
-    paper, original = collect_block_sums(model.pipe, arguments, fixed_orders=("FHW",), **common)
+    (paper,) = collect_block_sums(model.pipe, arguments, **common)
     costs = collect_costs(model.pipe, arguments, **common)
     variants = variants_of(costs, paper, densities, paper_at, int8_at)
     for variant in variants:
         variant.plan.save(output_dir / "plans" / f"{variant.name.lower().replace(' ', '-')}.safetensors")
     evaluation = evaluate_variants(model, variants, pairs, backend=backend)
-    _finish(model, evaluation, (costs, original), output_dir, as_json)
+    _finish(model, evaluation, output_dir, report, backend, as_json)
 
 
-def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_json: bool) -> None:
-    """Write records and report, print the table."""
+def _finish(model: Any, evaluation: Any, output_dir: Path, report: Path | None, backend: str, as_json: bool) -> None:
+    """Look into the heads, write records and report, print the table."""
+    from paroattn.evaluation.head_study import study_heads, study_records
     from paroattn.evaluation.records import evaluation_records, write_records
     from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.rows import headline, rows_of
     from paroattn.evaluation.tables import evaluation_table
 
     records = evaluation_records(model, evaluation)
+    write_records(records, output_dir / "records.jsonl")  # before what follows, so that an interruption leaves them
+    variants = [result.variant for result in evaluation.results]
+    shown = headline(rows_of(records)).name
+    study = study_heads(model, variants, evaluation.pairs[0], shown=shown, backend=backend, progress=not as_json)
+    records = study_records(records, study)
     write_records(records, output_dir / "records.jsonl")
-    write_report(output_dir / "report.html", model, evaluation, statistics)
+    report = report or output_dir / "report.html"
+    plans = {variant.name: variant.plan for variant in variants}
+    write_report(report, records, plans=plans, videos=evaluation.videos, study=study)
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
@@ -557,4 +585,4 @@ def _finish(model: Any, evaluation: Any, statistics: Any, output_dir: Path, as_j
         if len(evaluation.pairs) > 1 and other is not None and other is not result:
             gain, error = result.gain_over(other)
             console.print(f"{name} over {other.variant.name}: {gain:+.2f} dB, standard error {error:.2f}")
-    console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
