@@ -5,6 +5,7 @@ import re
 
 import pytest
 import report_pages
+import tiny
 import torch
 
 from paroattn.evaluation import head_browser
@@ -75,11 +76,18 @@ def test_the_study_leaves_the_pipeline_as_it_was(report_inputs):
     assert torch.equal(model.generate("first", 1), before)
 
 
-def test_errors_of_the_study_are_those_of_the_operator(report_inputs):
-    """A plan that keeps one block per row errs in each head as the reference does on that head's own inputs."""
-    errors = report_inputs["study"].plans[report_pages.SHOWN].errors
-    assert len(errors.flatten().unique()) == errors.numel()  # no head or step is a copy of another
-    assert ((errors > 0) & (errors < 1)).all()
+def test_the_study_uses_the_masks_of_each_step(report_inputs):
+    model = report_inputs["model"]
+    masks = torch.ones(2, 2, 2, 2, 2, dtype=torch.bool)
+    masks[1] &= torch.eye(2, dtype=torch.bool)
+    plan = tiny.make_plan(model.pipe, masks, edges=(0.0, 0.5))
+    study = study_heads(model, [Variant("x", plan)], ("first", 1), shown="x", progress=False)
+    errors = study.plans["x"].errors
+    assert errors[0].max() < 1e-4  # all blocks
+    assert errors[1].min() > 1e-3  # the diagonal
+    assert len(errors[1].unique()) == 4  # no head is a copy of another
+    assert study.maps.original.isfinite().all()
+    assert not torch.equal(study.maps.original[0], study.maps.original[1])
 
 
 def test_times_add_up_to_the_transformers(report_inputs):
