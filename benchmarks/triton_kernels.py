@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paroattn.ops import triton_block_sums, triton_configs, triton_forward, triton_prologue
+from paroattn.ops import triton_block_sums, triton_configs, triton_forward, triton_prologue, triton_skip_cost
 from paroattn.ops.triton_configs import SHARED_MEMORY, TARGETS, Config, Kind
 
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -203,11 +203,14 @@ def faults(target: str, kind: Kind, report: Compiled) -> list[str]:
 
 # What the other kernels are compiled with: types of their pointers and constants.
 _FLOATS = ["k_mean_ptr", "v_mean_ptr", "v_scale_ptr", "q_factor_ptr", "lse_shift_ptr", "k_scale_ptr"]
-_FLOATS += ["values_scale_ptr", "partial_ptr"]
+_FLOATS += ["values_scale_ptr", "partial_ptr", "surrogate_ptr", "mean_v_ptr", "start_ptr", "taken_ptr"]
+_FLOATS += ["costs_ptr", "errors_ptr", "output_ptr"]
 _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_ptr", "sums_ptr"]
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
+_INTEGERS += ["lists_ptr", "ends_ptr"]
 _POINTERS = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INTEGERS, "*i32")
-_POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr"), "*u8") | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+_POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr", "wanted_ptr"), "*u8")
+_POINTERS |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
 _POINTERS |= dict.fromkeys(("queries_ptr", "keys_ptr", "values_ptr"), "*i8") | {"scale": "fp32"}
 
 
@@ -217,13 +220,16 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     rotary = {"cos_ptr": None, "sin_ptr": None, "ROTARY": None}
     int8 = {"QK": "int8", "PV": "int8", "SWAPPED": True}
     return {
-        "partial_statistics": (triton_prologue.partial_statistics, size | {"CHUNK": 128}),
+        "partial_statistics": (triton_prologue.partial_statistics, size | {"CHUNK": 512, "TILE": 32}),
         "channel_statistics": (triton_prologue.channel_statistics, {"D": head_dim, "PV": "int8", "CHUNKS": 256}),
         "pack_query": (triton_prologue.pack_query, size | rotary | {"QK": "int8"}),
         "pack_key_value": (triton_prologue.pack_key_value, size | rotary | int8),
         "pack_means": (triton_prologue.pack_means, {"D": head_dim} | int8),
         "kept_lists": (triton_prologue.kept_lists, {"COLUMNS": 512}),
-        "schedule": (triton_prologue.schedule, {"ROWS": 512}),
+        "schedule": (triton_prologue.schedule, {"ROWS": 512, "TILE": 64}),
+        "attend_rows": (triton_skip_cost.attend_rows, {"D": head_dim}),
+        "block_costs": (triton_skip_cost.block_costs, {"D": head_dim}),
+        "kept_errors": (triton_skip_cost.kept_errors, {"D": head_dim}),
         "row_lse": (triton_block_sums.row_lse, size),
         "block_sums": (triton_block_sums.block_sums, size),
     }
@@ -265,8 +271,13 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         (kernel, head_dim) = what
         function, constants = other_kernels(head_dim)[kernel]
         types = {key: value for key, value in _POINTERS.items() if key in function.arg_names and key not in constants}
-        report = describe(compile_kernel(function, target, types, constants, num_warps=8 if "stat" in kernel else 4))
+        options = {"num_warps": 8 if kernel == "channel_statistics" else 4}
+        if function.fn.__module__ == triton_skip_cost.__name__:
+            options = triton_configs.skip_cost_options(target, head_dim)
+        report = describe(compile_kernel(function, target, types, constants, **options))
         name, wrong = kernel, [f"{report.spills} spills"] if report.spills else []
+        if report.shared > SHARED_MEMORY[target]:
+            wrong.append(f"{report.shared} bytes of shared memory")
     per_score = f"{report.per_score:5.2f}" if report.per_score else "    -"
     matrix = " ".join(f"{count} {key}" for key, count in report.matrix.items())
     line = (

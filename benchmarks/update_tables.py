@@ -5,7 +5,8 @@
 
 A table stands between `<!-- records: NAME -->` and `<!-- end -->`, and NAME.jsonl holds its records. With
 `<!-- records: NAME density=0.3 -->` it shows those of one density only, beside dense SDPA, and with
-`<!-- records: NAME group=parts -->` one group of an ablation beside the paper's method and ours.
+`<!-- records: NAME group=parts -->` one group of an ablation beside the paper's method and ours. Several files have
+plus signs between their names; `table=compensation` shows what compensation costs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs/cpu.md",
-    ROOT / "docs/results.md",
-    ROOT / "src/paroattn/models/moving_digits/README.md",
-)
-TABLE = re.compile(r"(<!-- records: ([\w-]+)(?: (density|group)=([\w.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = tuple(sorted((ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("src/paroattn/models/*/README.md"))))
+TABLE = re.compile(r"(<!-- records: ([\w+-]+)(?: (density|group|table)=([\w.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def evaluation_table(records: list[dict]) -> list[str]:
@@ -77,6 +73,95 @@ def attention_table(records: list[dict]) -> list[str]:
     ]
 
 
+def gpu_attention_table(records: list[dict]) -> list[str]:
+    """Milliseconds, prologue and ratios to SDPA's kernels, a table per shape."""
+    lines: list[str] = []
+    shapes = list(dict.fromkeys((record["batch"], record["heads"], record["tokens"]) for record in records))
+    for shape in shapes:
+        own = [record for record in records if (record["batch"], record["heads"], record["tokens"]) == shape]
+        dense = list(own[0]["times_each"])
+        lines += [
+            f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:",
+            "",
+            "| | blocks | density | ms | prologue | TFLOP/s | "
+            + " | ".join(f"x {name.rpartition(' ')[0]}" for name in dense)
+            + " | matrix floor | exp2 floor |",
+            "|---|---|---|---|---|---|" + "---|" * (len(dense) + 2),
+        ]
+        for record in own:
+            floors = (record["matrix_floor_ms"], record["exp2_floor_ms"])
+            cells = (
+                f"{record['method']} {record['precision']}" + (", compensated" if record["compensate"] else ""),
+                "" if record["density"] == 1 else f"{record['block_q']} x 64",
+                f"{record['density']:g}",
+                f"{record['median_ms']:.2f}",
+                f"{record['prologue_ms']:.2f}" if "prologue_ms" in record else "",
+                f"{record['tflops']:.0f}",
+                *(f"{ratio:.2f}" for ratio in record["times_each"].values()),
+                *("" if floor is None else f"{floor:.2f}" for floor in floors),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    first = records[0]
+    return [
+        *lines,
+        f"Median of {first['rounds']} interleaved rounds in bfloat16, everything included; ratios are medians of the "
+        "rounds' ratios; the prologue is the GPU time of its kernels. "
+        f"{first['gpu']}; {surroundings(first)}.",
+    ]
+
+
+def compensation_table(records: list[dict]) -> list[str]:
+    """Time with compensation over time without, by instructions and shape; a column per density and precision."""
+    times: dict[tuple, dict] = {}
+    for record in records:
+        if record["method"] == "paroattn" and record["prologue"]:
+            row = (record["backend"].partition(",")[0], record["tokens"], record["head_dim"])
+            place = (record["density"], record["precision"], record["compensate"])
+            times.setdefault(row, {})[place] = record["median_ms"]
+    columns = list(dict.fromkeys(place[:2] for cells in times.values() for place in cells))
+    heads = (
+        f"{density:g}, {precision.upper() if precision == 'int8' else precision}" for density, precision in columns
+    )
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    for (backend, tokens, head_dim), cells in sorted(times.items()):
+        ratios = (f"{cells[(*column, True)] / cells[(*column, False)]:.2f}" for column in columns)
+        lines.append(f"| `{backend}`, {tokens:,} x {head_dim} | " + " | ".join(ratios) + " |")
+    rounds = sorted({record["rounds"] for record in records})
+    return [*lines, "", f"Ratios of medians of {rounds[0]} to {rounds[-1]} interleaved rounds."]
+
+
+def model_table(records: list[dict]) -> list[str]:
+    """A row per contender of each model."""
+    lines = [
+        "| model | tokens | layers | attention | density | step | x own | x fastest dense | share of attention |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        name = record["method"] + ("" if record["plan"] is None else f" {record['precision']}")
+        cells = (
+            record["model"] + (", compiled" if record["compiled"] else ""),
+            f"{record['tokens']:,}",
+            f"{record['layers']} of {record['model_layers']}",
+            name,
+            f"{record['density']:.3g}",
+            f"{record['median_ms']:.0f} ms",
+            f"{record['times_own']:.2f}x",
+            f"{record['times_dense']:.2f}x",
+            f"{record['attention_share']:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    first = records[0]
+    return [
+        *lines,
+        "",
+        f"One step of the transformer in {first['dtype']}, weights: {first['weights']}. Median of {first['rounds']} "
+        "interleaved rounds; speed is the median of the rounds' ratios. The share is that of the kernels of "
+        f"self-attention, without compiling. {first.get('gpu') or ''}{', ' if first.get('gpu') else ''}"
+        f"{surroundings(first)}.",
+    ]
+
+
 def ablation_table(records: list[dict]) -> list[str]:
     """PSNR of each method, a column per density (and precision), and paired differences to the paper's method."""
     places = list(dict.fromkeys((record["asked_density"], record["precision"]) for record in records))
@@ -124,16 +209,20 @@ def surroundings(record: dict) -> str:
     return f"{record['machine']}, {threads}; {versions}"
 
 
-KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table}
+KINDS = {"evaluation": evaluation_table, "attention": attention_table, "ablation": ablation_table, "model": model_table}
 
 
 def updated(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
-        path = ROOT / "benchmarks" / "records" / f"{match[2]}.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        paths = [ROOT / "benchmarks" / "records" / f"{name}.jsonl" for name in match[2].split("+")]
+        records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
         make = KINDS[records[0]["kind"]]
+        if make is attention_table and "gpu" in records[0]:
+            make = gpu_attention_table
         if match[3] == "density":
             records = [item for item in records if item["density"] == float(match[4]) or item["method"] == "sdpa"]
+        elif match[3] == "table":
+            make = {"compensation": compensation_table}[match[4]]
         elif match[3] == "group" and match[4] == "all":
             make = closeness_table
         elif match[3] == "group":

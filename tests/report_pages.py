@@ -34,15 +34,16 @@ def report_inputs():
     whole = tiny.make_plan(model.pipe)
     sparse = tiny.make_plan(model.pipe, masks, edges=(0.0, 0.5), precision="int8")
     object.__setattr__(sparse, "provenance", {"method": "cost", "prompts": [EVIL], "seed": 0, "density": 0.3})
-    variants = [Variant("all blocks", whole), Variant(SHOWN, sparse)]
+    plans = {"all blocks": whole, SHOWN: sparse}
+    variants = [Variant(name, plan) for name, plan in plans.items()]
     prompts = [f"first {EVIL}", "second"]
     pairs = list(zip(prompts, (1, 2), strict=True))
     evaluation = evaluate_variants(model, variants, pairs, progress=False)
-    study = study_heads(model, variants, pairs[0], shown=SHOWN, progress=False)
+    study = study_heads(model, plans, pairs[0], shown=SHOWN, progress=False)
     return {
         "model": model,
         "records": study_records(evaluation_records(model, evaluation), study),
-        "plans": {variant.name: variant.plan for variant in variants},
+        "plans": plans,
         "videos": evaluation.videos,
         "study": study,
         "prompts": prompts,

@@ -106,13 +106,13 @@ def test_hidden_text_tokens_are_as_if_they_were_not_there():
     index = torch.zeros(1, 2, dtype=torch.uint8)
     found = []
     for taken in (padded, short):
-        costs, sums = BlockCosts(1, ("WHF",), index, GRID), BlockSums(1, [(("WHF",), index)], GRID)
+        costs, sums = BlockCosts(1, ("WHF",), index, GRID, block_sums=True), BlockSums(1, [(("WHF",), index)], GRID)
         costs.add(0, taken)
         sums.add(0, taken)
         found.append([*costs.means(), sums.means()])
     for with_padding, without in zip(*found, strict=True):
         torch.testing.assert_close(with_padding, without)
-    costs = BlockCosts(1, ("WHF",), index, GRID)
+    costs = BlockCosts(1, ("WHF",), index, GRID, block_sums=True)
     costs.add(0, replace(padded, key_mask=None))
     assert not torch.allclose(costs.means()[0], found[0][0])
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paroattn import PlanError, TokenGrid
 from paroattn.block_mask import text_blocks
-from paroattn.calibration.keep import check_reachable, keep_best, least_density
+from paroattn.calibration.keep import check_reachable, keep_best, keep_levels, least_density
 
 NONE = torch.zeros(4, 4, dtype=torch.bool)
 
@@ -27,6 +27,17 @@ def test_kept_blocks_are_as_many_as_asked_and_the_best(seed, heads, blocks, text
     assert kept[forced].all()
     if (kept & ~forced).any() and (~kept).any():
         assert score[kept & ~forced].min() >= score[~kept].max()
+
+
+@given(st.integers(0, 999), st.integers(1, 9), st.integers(0, 3))
+def test_levels_keep_what_each_density_keeps_alone(seed, blocks, text_rows):
+    score = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed))
+    required = torch.zeros(blocks, blocks, dtype=torch.bool)
+    required[blocks - min(text_rows, blocks) :] = True
+    densities = (0.05, 0.3, 0.31, 0.8, 1.0)
+    levels = keep_levels(score, densities, required)
+    for number, density in enumerate(densities):
+        assert torch.equal(levels <= number, keep_best(score, density, required))
 
 
 def test_one_threshold_serves_all_heads_so_a_flat_head_keeps_fewer():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from paroattn.evaluation.metrics import compare
+from paroattn.evaluation.metrics import Closeness, compare, summary
 
 
 def video(seed=0, frames=3, size=24):
@@ -55,3 +55,47 @@ def test_different_shapes_are_refused(shape):
 def test_a_single_image_is_refused():
     with pytest.raises(ValueError, match="expected equal"):
         compare(video()[0], video()[0])
+
+
+def test_ms_ssim_is_not_defined_for_small_frames():
+    assert compare(video(size=175), video(size=175)).ms_ssim is None
+    large, noise = video(size=176), video(1, size=176)
+    assert compare(large, large).ms_ssim == pytest.approx(1)
+    assert compare((large + 0.3 * noise).clamp(max=1), large).ms_ssim < 0.99
+
+
+def test_relative_l2_is_the_difference_over_the_reference():
+    found = compare(torch.full((2, 3, 16, 16), 0.6), torch.full((2, 3, 16, 16), 0.5))
+    assert found.relative_l2 == pytest.approx(0.2)
+    assert found.latent_relative_l2 is None
+
+
+def test_latents_are_compared_where_there_are_any():
+    reference = torch.tensor([[3.0, 4.0]])
+    found = compare(video(), video(), torch.tensor([[3.0, 0.0]]), reference)
+    assert found.latent_relative_l2 == pytest.approx(0.8)
+    assert found.latent_cosine == pytest.approx(0.6)
+    assert compare(video(), video(), None, reference).latent_cosine is None
+
+
+def test_summaries_have_mean_standard_error_and_the_worst_case():
+    assert summary("psnr", [20.0, 22.0, 27.0]) == {
+        "psnr": 23.0,
+        "psnr_error": pytest.approx(math.sqrt(13 / 3)),
+        "psnr_spread": pytest.approx(math.sqrt(13)),
+        "psnr_worst": 20.0,
+    }
+    assert summary("relative_l2", [0.1, 0.3])["relative_l2_worst"] == 0.3
+    assert summary("ms_ssim", [None, 0.5]) == dict.fromkeys(
+        ("ms_ssim", "ms_ssim_error", "ms_ssim_spread", "ms_ssim_worst")
+    )
+    assert summary("psnr", [math.inf, 20.0]) == {
+        "psnr": None, "psnr_error": None, "psnr_spread": 0.0, "psnr_worst": 20.0,
+    }  # fmt: skip
+    assert summary("ssim", [0.5])["ssim_error"] is None
+
+
+def test_values_survive_json():
+    found = Closeness(math.inf, 1.0, 0.9, relative_l2=0.0, others={"lpips": 0.1})
+    values = {**found.values(), "psnr": None}
+    assert Closeness.from_values(values) == found

@@ -13,7 +13,6 @@ from paroattn.evaluation.charts import quality_chart
 from paroattn.evaluation.clips import embedded_clips
 from paroattn.evaluation.head_browser import browser_data
 from paroattn.evaluation.head_study import AttentionMaps, study_heads
-from paroattn.evaluation.pairs import Variant
 from paroattn.evaluation.report import pairs_of, time_parts, write_report
 from paroattn.evaluation.rows import Row, headline, rows_of
 
@@ -72,7 +71,7 @@ def test_the_study_finds_errors_times_and_maps(report_inputs):
 def test_the_study_leaves_the_pipeline_as_it_was(report_inputs):
     model, plan = report_inputs["model"], report_inputs["plans"]["all blocks"]
     before = model.generate("first", 1)
-    study_heads(model, [Variant("x", plan)], ("first", 1), shown="x", progress=False)
+    study_heads(model, {"x": plan}, ("first", 1), shown="x", progress=False)
     assert torch.equal(model.generate("first", 1), before)
 
 
@@ -81,7 +80,7 @@ def test_the_study_uses_the_masks_of_each_step(report_inputs):
     masks = torch.ones(2, 2, 2, 2, 2, dtype=torch.bool)
     masks[1] &= torch.eye(2, dtype=torch.bool)
     plan = tiny.make_plan(model.pipe, masks, edges=(0.0, 0.5))
-    study = study_heads(model, [Variant("x", plan)], ("first", 1), shown="x", progress=False)
+    study = study_heads(model, {"x": plan}, ("first", 1), shown="x", progress=False)
     errors = study.plans["x"].errors
     assert errors[0].max() < 1e-4  # all blocks
     assert errors[1].min() > 1e-3  # the diagonal

@@ -82,7 +82,7 @@ def test_what_cannot_be_reached_says_what_was_measured(monkeypatch):
 def test_speed_is_measured_against_the_models_own_attention(pipe, prompts, monkeypatch):
     """With a clock that counts calls of the transformer as seconds: plans do not change their number."""
     run = CalibrationRun(pipe, prompts, (), 0, {}, progress=False)
-    run.generate(lambda call: None, "grid")
+    run.measure("grid", "grid", lambda: (), lambda *_: None)
     measured = targets._speed(run)(tiny.make_plan(pipe, grid=run.grid))
     assert 0.02 < measured < 50
 

@@ -14,6 +14,7 @@ import paroattn
 from paroattn import BlockMask, LayerPlan, Precision, TokenGrid, prepare
 from paroattn.block_mask import pack_bits, text_blocks
 from paroattn.calibration import statistics
+from paroattn.calibration.kernels import skip_costs_of_heads
 from paroattn.ops import reference, triton_attention, triton_calibration, triton_configs, triton_launch
 from paroattn.ops.prepared import choose_for_layer
 from paroattn.ops.triton_configs import Config, Kind
@@ -262,6 +263,35 @@ def test_block_sums_equal_the_statistics(tokens):
     torch.testing.assert_close(sums, statistics.block_sums(q, k, orders, scale=0.25), rtol=1e-4, atol=1e-5)
     for order, measured in zip(orders, sums, strict=True):
         torch.testing.assert_close(measured.double(), oracles.block_sums(q, k, order, 0.25), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "block_q", "q_blocks", "dtype"),
+    [
+        (333, 16, 64, None, torch.float32),
+        (333, 16, 64, [1, 5], torch.float32),
+        (300, 72, 128, None, torch.float32),
+        (200, 64, 128, [1], torch.float32),
+        (63, 8, 64, None, torch.float32),
+        (333, 64, 64, None, torch.float16),  # P loses nothing
+    ],
+)
+def test_costs_and_errors_of_skipping_are_the_references(monkeypatch, tokens, head_dim, block_q, q_blocks, dtype):
+    q, k, v = torch.randn(3, 3, tokens, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    k += 3 * (dtype == torch.float32)  # the blocks' mean weights are then far from one
+    rows, columns = -(-tokens // block_q), -(-tokens // 64)
+    required = torch.zeros(rows, columns, dtype=torch.bool)
+    required[:, -1] = True
+    orders = list(permutations(3, tokens))
+    settings = {"block_q": block_q, "q_blocks": None if q_blocks is None else torch.tensor(q_blocks)}
+    monkeypatch.setattr(triton_calibration, "_MOST_ENTRIES", 2 * columns * tokens)  # two heads at once, then one
+    found = triton_calibration.skip_costs(q, k, v, orders, 0.3, required, **settings)
+    expected = skip_costs_of_heads(q, k, v, orders, 0.3, required, **settings)
+    for own, of_reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(own.block_sums, of_reference.block_sums, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own.costs, of_reference.costs, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(own.errors, of_reference.errors, rtol=1e-3, atol=1e-6)
+        assert own.norm == pytest.approx(of_reference.norm, rel=1e-5)
 
 
 def test_torch_accepts_the_operators():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.keep import check_density, check_reachable, keep_best, least_density
+from paroattn.calibration.mask_table import MaskTable
 from paroattn.calibration.select import plan_from_masks
 from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS
 from paroattn.errors import PlanError
@@ -34,8 +35,9 @@ class CostStatistics:
         order_names: distinct orders; order_index uint8 [layers, heads]: the order chosen for each head.
         bucket_edges: start of each step bucket, fractions of the schedule.
         block_q: queries per block.
-        block_sums: of P, [buckets, layers, heads, q blocks, kv blocks].
-        costs: of skipping one block, dropped or approximated by its means, [2, buckets, layers, heads, q, kv].
+        block_sums: of P, [buckets, layers, heads, q blocks, kv blocks], or None where they were not asked for.
+        costs: of skipping one block, dropped or approximated by its means, bfloat16 [2, buckets, layers, heads, q, kv];
+            comparable within a head.
         errors: squared change of the head's output at the densities `LEVELS`, [2, buckets, layers, heads, levels].
         norms: squared norm of the head's output, [buckets, layers, heads].
         weights: squared change of the final result per unit of error in one step of a bucket, [buckets, layers, heads].
@@ -50,7 +52,7 @@ class CostStatistics:
     order_index: Tensor
     bucket_edges: tuple[float, ...]
     block_q: int
-    block_sums: Tensor
+    block_sums: Tensor | None
     costs: Tensor
     errors: Tensor
     norms: Tensor
@@ -134,21 +136,19 @@ def select_by_cost(
         "chosen": approximated < dropped,
     }[selection.compensate]
     required = text_blocks(statistics.grid, statistics.block_q)
-    masks = torch.ones_like(statistics.block_sums, dtype=torch.bool)
+    masks = MaskTable((*compensate.shape, *required.shape))
     owed = 0.0  # blocks times share of all calls that rounding to whole blocks has left to spend
-    shares, sparse = statistics.shares, statistics.shares > 0
-    sparse &= ~selection.guarded(statistics)
+    shares, blocks = statistics.shares, required.numel()
+    sparse = (shares > 0) & ~selection.guarded(statistics)
+    compensate &= sparse  # where nothing is skipped there is nothing to approximate
     for bucket, layer, head in sparse.nonzero().tolist():
-        score = statistics.block_sums[bucket, layer, head]
-        if selection.score == "cost":
-            score = statistics.costs[int(compensate[bucket, layer, head]), bucket, layer, head]
-        share, blocks = float(shares[bucket, layer, head]), score.numel()
-        wanted = float(densities[bucket, layer, head]) * blocks
+        place = (bucket, layer, head)
+        share, wanted = float(shares[place]), float(densities[place]) * blocks
         rounded = min(max(round(wanted + owed / share), 0), blocks)
-        mask = keep_best(score, rounded / blocks, required)
+        mask = keep_best(_score(statistics, selection, place, bool(compensate[place])), rounded / blocks, required)
         owed += (wanted - int(mask.sum())) * share
-        masks[bucket, layer, head] = mask
-    compensate &= ~masks.all(-1).all(-1)  # where nothing is skipped there is nothing to approximate
+        masks.put(place, mask)
+        compensate[place] &= ~mask.all()
     precisions, index = mixed_precision(parsed, statistics.int4_effects, int8_share)
     if selection.dense_layers and parsed != Precision():
         index[: selection.dense_layers] = len(precisions)
@@ -167,6 +167,15 @@ def select_by_cost(
         precision_index=index,
         provenance={**statistics.provenance, "density": density, "selection": vars(selection)},
     )
+
+
+def _score(statistics: CostStatistics, selection: Selection, place: tuple[int, ...], compensated: bool) -> Tensor:
+    """What the blocks of a head are ranked by, float32 [q blocks, kv blocks]."""
+    if selection.score == "cost":
+        return statistics.costs[(COMPENSATE if compensated else DROP, *place)].float()
+    if statistics.block_sums is None:
+        raise ValueError("score 'block sum' needs statistics with block sums; collect them with block_sums=True")
+    return statistics.block_sums[place]
 
 
 def mixed_precision(
@@ -196,7 +205,7 @@ def allocate(statistics: CostStatistics, density: float, selection: Selection = 
     fixed = guarded | (shares == 0)
     densities = torch.where(fixed, 1.0, torch.full_like(shares, least))
     left = density - float((densities * shares).sum())
-    if left < -0.5 / statistics.block_sums[0, 0, 0].numel():
+    if left < -0.5 / text_blocks(statistics.grid, statistics.block_q).numel():
         raise PlanError(
             f"density {density:g} cannot be reached: dense steps and layers, text blocks and one block per row already "
             f"need {density - left:.4f}. Ask for at least that, or for fewer dense steps or layers."

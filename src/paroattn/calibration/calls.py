@@ -26,10 +26,13 @@ class Sample:
     key: Tensor
     value: Tensor
 
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [H, N, D]."""
+        return self.query.transpose(0, 1), self.key.transpose(0, 1), self.value.transpose(0, 1)
+
     def head(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of a head, float32 [N, D]."""
-        q, k, v = (x[:, number].float() for x in (self.query, self.key, self.value))
-        return q, k, v
+        """Query, key and value of a head, [N, D]."""
+        return self.query[:, number], self.key[:, number], self.value[:, number]
 
 
 @dataclass(frozen=True, eq=False)

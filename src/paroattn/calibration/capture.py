@@ -6,8 +6,7 @@ from prompt to prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,12 +14,28 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count, text_blocks, visual_blocks
 from paroattn.calibration.calls import AttentionCall, order_of
-from paroattn.calibration.skip_cost import LEVELS, skip_costs
-from paroattn.calibration.statistics import OrderCriterion, block_sums, order_metrics, probability_blocks
+from paroattn.calibration.kernels import KernelsFor, reference_everywhere
+from paroattn.calibration.skip_cost import LEVELS, SkipCosts
+from paroattn.calibration.statistics import OrderCriterion, order_metrics, probability_blocks
 from paroattn.grid import TokenGrid
 
 
-class OrderScores:
+class Accumulator:
+    """What is added up over attention calls, as tensors that can be saved and put back."""
+
+    _accumulated: tuple[str, ...] = ()  # names of the attributes that are added to; some may be None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was added up so far, without a copy."""
+        return {name: tensor for name in self._accumulated if (tensor := getattr(self, name)) is not None}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the state of an accumulator that was made with the same arguments."""
+        for name, tensor in state.items():
+            getattr(self, name).copy_(tensor)
+
+
+class OrderScores(Accumulator):
     """Mean order metrics per layer, head and candidate order.
 
     Args:
@@ -30,6 +45,8 @@ class OrderScores:
         criterion: thresholds of the metrics.
         row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
     """
+
+    _accumulated = ("_totals", "_samples")
 
     def __init__(
         self,
@@ -51,7 +68,7 @@ class OrderScores:
         """Take one attention call."""
         for sample in call.samples():
             for head in range(call.heads):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 for number, name in enumerate(self._order_names):
                     order = order_of(name, sample.grid)
                     metrics = order_metrics(q, k, order, call.scale, self.criterion, self._row_blocks)
@@ -64,29 +81,40 @@ class OrderScores:
         return sparse, incoherence
 
 
-class BlockSums:
+class BlockSums(Accumulator):
     """Mean block sums per step bucket, layer and head, for one or more choices of the heads' orders.
 
     Args:
         buckets: number of step buckets.
         choices: (order names, uint8 [layers, heads] index into them), one per choice.
         grid: the token grid.
+        kernels_for: what computes on a device.
     """
 
-    def __init__(self, buckets: int, choices: Sequence[tuple[tuple[str, ...], Tensor]], grid: TokenGrid):
+    _accumulated = ("_sums", "_samples")
+
+    def __init__(
+        self,
+        buckets: int,
+        choices: Sequence[tuple[tuple[str, ...], Tensor]],
+        grid: TokenGrid,
+        kernels_for: KernelsFor = reference_everywhere,
+    ):
         blocks = block_count(grid.tokens, BLOCK)
         layers, heads = choices[0][1].shape
         self._visual = (..., *visual_blocks(grid))
         self._choices = choices
+        self._kernels_for = kernels_for
         self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks)
         self._samples = torch.zeros(buckets, layers)
 
     def add(self, bucket: int, call: AttentionCall) -> None:
         """Take one attention call."""
         layer = call.layer
+        block_sums = self._kernels_for(call.query.device).block_sums
         for sample in call.samples():
             for head in range(call.heads):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 orders = [order_of(names[int(index[layer, head])], sample.grid) for names, index in self._choices]
                 sums = block_sums(q, k, orders, call.scale)
                 self._sums[:, bucket, layer, head][self._visual] += sums[self._visual]
@@ -97,7 +125,7 @@ class BlockSums:
         return self._sums / self._samples.clamp(min=1).view(*self._samples.shape, 1, 1, 1)
 
 
-class OrderErrors:
+class OrderErrors(Accumulator):
     """Errors of the attention output when blocks are skipped, per layer, head and candidate order.
 
     Args:
@@ -106,7 +134,10 @@ class OrderErrors:
         order_names: the candidates.
         block_q: queries per block, 64 or 128.
         row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
+        kernels_for: what computes on a device.
     """
+
+    _accumulated = ("_errors",)
 
     def __init__(
         self,
@@ -117,36 +148,32 @@ class OrderErrors:
         block_q: int,
         row_share: float,
         seed: int,
+        kernels_for: KernelsFor = reference_everywhere,
     ):
-        self._order_names = order_names
+        self.order_names = order_names
+        self._kernels_for = kernels_for
         self._block_q = block_q
         self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
         self._errors = torch.zeros(layers, heads, len(order_names), len(LEVELS), dtype=torch.float64)
 
     def add(self, call: AttentionCall) -> None:
         """Take one attention call."""
-        samples = list(call.samples())
-
-        def compare(head: int) -> None:
-            for sample in samples:
-                q, k, v = sample.head(head)
-                required = text_blocks(sample.grid, self._block_q)
-                for number, name in enumerate(self._order_names):
-                    order = order_of(name, sample.grid)
-                    found = skip_costs(
-                        q, k, v, order, call.scale, required, block_q=self._block_q, q_blocks=self._q_blocks
-                    )
+        skip_costs = self._kernels_for(call.query.device).skip_costs
+        for sample in call.samples():
+            required = text_blocks(sample.grid, self._block_q)
+            settings = {"block_q": self._block_q, "q_blocks": self._q_blocks}
+            for number, name in enumerate(self.order_names):
+                orders = [order_of(name, sample.grid)] * call.heads
+                for head, found in enumerate(skip_costs(*sample.heads(), orders, call.scale, required, **settings)):
                     # A skipped block is dropped or approximated, whichever is better.
                     self._errors[call.layer, head, number] += found.errors.amin(0) / max(found.norm, 1e-30)
-
-        _for_each_head(compare, call)
 
     def choose(self) -> Tensor:
         """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over `LEVELS`."""
         return self._errors.clamp(min=1e-30).log().mean(-1).argmin(-1).to(torch.uint8)
 
 
-class StepChange:
+class StepChange(Accumulator):
     """How much the heads' attention maps change from one denoising step to the next.
 
     Args:
@@ -169,10 +196,20 @@ class StepChange:
         for sample in call.samples():
             order = torch.arange(sample.grid.tokens)
             for head in range(call.heads):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 for rows, p in probability_blocks(q, k, order, call.scale, self._rows):
                     places = torch.searchsorted(self._rows, rows)
-                    sums[call.layer, head, places, self._columns] += p.sum((1, 3))[:, self._columns]
+                    sums[call.layer, head, places, self._columns] += p.sum((1, 3))[:, self._columns].cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        called = torch.tensor([(step, layer) for step, layers in self._calls.items() for layer in sorted(layers)])
+        return {"calls": called.view(-1, 2), **{str(step): sums for step, sums in self._sums.items()}}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._sums = {int(name): tensor.clone() for name, tensor in state.items() if name != "calls"}
+        self._calls = {step: set() for step in self._sums}
+        for step, layer in state["calls"].tolist():
+            self._calls[step].add(layer)
 
     def changes(self) -> list[float]:
         """Mean relative L2 change of the block sums from each step to the next; one fewer than there are steps.
@@ -190,8 +227,10 @@ class StepChange:
         return found
 
 
-class BlockCosts:
+class BlockCosts(Accumulator):
     """Mean costs and errors of skipping blocks per step bucket, layer and head, in the heads' orders.
+
+    Costs are kept in bfloat16: only their ranks within a head matter, and a large model has billions of them.
 
     Args:
         buckets: number of step buckets.
@@ -199,70 +238,65 @@ class BlockCosts:
         order_index: uint8 [layers, heads] into them.
         grid: the token grid.
         block_q: queries per block, 64 or 128.
+        block_sums: also keep the block sums of P.
+        kernels_for: what computes on a device.
     """
 
+    _accumulated = ("_block_sums", "_costs", "_errors", "_norms", "_samples")
+
     def __init__(
-        self, buckets: int, order_names: tuple[str, ...], order_index: Tensor, grid: TokenGrid, block_q: int = BLOCK
+        self,
+        buckets: int,
+        order_names: tuple[str, ...],
+        order_index: Tensor,
+        grid: TokenGrid,
+        block_q: int = BLOCK,
+        *,
+        block_sums: bool = False,
+        kernels_for: KernelsFor = reference_everywhere,
     ):
-        layers, heads = order_index.shape
-        rows, columns = block_count(grid.tokens, block_q), block_count(grid.tokens, BLOCK)
+        heads = (buckets, *order_index.shape)
+        blocks = (*heads, block_count(grid.tokens, block_q), block_count(grid.tokens, BLOCK))
         self._names = [[order_names[index] for index in layer] for layer in order_index.tolist()]
         self._visual = (..., *visual_blocks(grid, block_q))
         self._block_q = block_q
-        self._block_sums = torch.zeros(buckets, layers, heads, rows, columns)
-        self._costs = torch.zeros(2, buckets, layers, heads, rows, columns)
-        self._errors = torch.zeros(2, buckets, layers, heads, len(LEVELS), dtype=torch.float64)
-        self._norms = torch.zeros(buckets, layers, heads, dtype=torch.float64)
-        self._samples = torch.zeros(buckets, layers)
+        self._kernels_for = kernels_for
+        self._block_sums = torch.zeros(blocks) if block_sums else None
+        self._costs = torch.zeros(2, *blocks, dtype=torch.bfloat16)
+        self._errors = torch.zeros(2, *heads, len(LEVELS), dtype=torch.float64)
+        self._norms = torch.zeros(heads, dtype=torch.float64)
+        self._samples = torch.zeros(heads[:2])
 
     def add(self, bucket: int, call: AttentionCall) -> None:
         """Take one attention call."""
-        samples = list(call.samples())
+        skip_costs = self._kernels_for(call.query.device).skip_costs
+        for sample in call.samples():
+            orders = [order_of(name, sample.grid) for name in self._names[call.layer]]
+            required = text_blocks(sample.grid, self._block_q)
+            found = skip_costs(*sample.heads(), orders, call.scale, required, block_q=self._block_q)
+            for head, own in enumerate(found):
+                self._add(own, (bucket, call.layer, head))
+            self._samples[bucket, call.layer] += 1
 
-        def add_head(head: int) -> None:
-            place = (bucket, call.layer, head)
-            for sample in samples:
-                order = order_of(self._names[call.layer][head], sample.grid)
-                required = text_blocks(sample.grid, self._block_q)
-                found = skip_costs(*sample.head(head), order, call.scale, required, block_q=self._block_q)
-                self._block_sums[place][self._visual] += found.block_sums[self._visual]
-                self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
-                self._errors[(slice(None), *place)] += found.errors
-                self._norms[place] += found.norm
+    def _add(self, found: SkipCosts, place: tuple[int, int, int]) -> None:
+        if self._block_sums is not None:
+            self._block_sums[place][self._visual] += found.block_sums[self._visual]
+        self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
+        self._errors[(slice(None), *place)] += found.errors
+        self._norms[place] += found.norm
 
-        _for_each_head(add_head, call)
-        self._samples[bucket, call.layer] += len(samples)
-
-    def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks], costs [2, ...] and errors
-        [2, buckets, layers, heads, levels] as `SkipCosts` has them, norms [buckets, layers, heads].
+    def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are
+        left summed over samples, errors [2, buckets, layers, heads, levels] as `SkipCosts` has them, norms [buckets,
+        layers, heads].
         """
         samples = self._samples.clamp(min=1).unsqueeze(-1)
-        per_block = samples.view(*samples.shape, 1, 1)
         return (
-            self._block_sums / per_block,
-            self._costs / per_block,
+            None if self._block_sums is None else self._block_sums / samples.view(*samples.shape, 1, 1),
+            self._costs,
             self._errors / samples.unsqueeze(-1),
             self._norms / samples,
         )
-
-
-def _for_each_head(task: Callable[[int], None], call: AttentionCall) -> None:
-    """Call `task` with every head of a call; on a CPU one thread takes one head at a time.
-
-    Many small operations in a row are faster so than each of them spread over all threads, above all when something
-    else runs beside them.
-    """
-    threads = torch.get_num_threads()
-    if call.query.device.type != "cpu" or threads == 1:
-        for head in range(call.heads):
-            task(head)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(task, range(call.heads)))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tensor:

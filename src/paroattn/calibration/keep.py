@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,13 +32,44 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
         tensor([[ True, False],
                 [ True,  True]])
     """
-    best = score.argmax(-1, keepdim=True)
-    alone = ~required.any(-1, keepdim=True)
-    forced = (required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)).flatten()
+    forced = _forced(score, required).flatten()
     wanted = max(round(density * score.numel()), int(forced.sum()))
     kept = torch.zeros_like(forced)
     kept[score.flatten().masked_fill(forced, torch.inf).topk(wanted).indices] = True
     return kept.view_as(score)
+
+
+def keep_levels(score: Tensor, densities: Sequence[float], required: Tensor) -> Tensor:
+    """`keep_best` of each head apart for several densities at once, each keeping what the ones below it keep.
+
+    Args:
+        score: [..., q blocks, kv blocks]; leading dimensions are heads.
+        densities: ascending.
+        required: as `keep_best`.
+
+    Returns:
+        int64 like score: how many of the densities leave the block out. Density number i keeps those <= i.
+
+    Example:
+        >>> keep_levels(torch.tensor([[9.0, 1.0], [5.0, 6.0]]), (0.5, 0.75), torch.zeros(2, 2, dtype=torch.bool))
+        tensor([[0, 2],
+                [1, 0]])
+    """
+    forced = _forced(score, required).flatten(-2)
+    blocks = forced.shape[-1]
+    asked = torch.tensor([round(density * blocks) for density in densities], device=score.device)
+    wanted = asked.maximum(forced.sum(-1, keepdim=True))
+    best_first = score.flatten(-2).masked_fill(forced, torch.inf).argsort(-1, descending=True)
+    rank = torch.empty_like(best_first)
+    rank.scatter_(-1, best_first, torch.arange(blocks, device=score.device).expand_as(rank))
+    return torch.searchsorted(wanted, rank, right=True).view_as(score)
+
+
+def _forced(score: Tensor, required: Tensor) -> Tensor:
+    """Blocks kept at any density, bool like score: required ones, and the best one of each row that has none."""
+    best = score.argmax(-1, keepdim=True)
+    alone = ~required.any(-1, keepdim=True)
+    return required | alone & torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def least_density(grid: TokenGrid, block_q: int = 64) -> float:

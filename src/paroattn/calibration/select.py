@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK, pack_bits, text_blocks
+from paroattn.block_mask import BLOCK, text_blocks
 from paroattn.calibration.keep import check_density, check_reachable, keep_best
+from paroattn.calibration.mask_table import MaskTable
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
@@ -80,7 +81,7 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
     required = text_blocks(statistics.grid)
     masks = torch.stack([torch.stack([keep_best(layer, density, required) for layer in step]) for step in sums])
     return plan_from_masks(
-        masks,
+        MaskTable.of(masks),
         model=statistics.model,
         grid=statistics.grid,
         order_names=statistics.order_names,
@@ -93,7 +94,7 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
 
 
 def plan_from_masks(
-    masks: Tensor,
+    masks: MaskTable,
     *,
     model: ModelIdentity,
     grid: TokenGrid,
@@ -107,26 +108,25 @@ def plan_from_masks(
     precision_index: Tensor | None = None,
     provenance: Mapping[str, Any],
 ) -> Plan:
-    """A plan from bool masks [buckets, layers, heads, q blocks, kv blocks]; equal ones are stored once.
+    """A plan from its masks.
 
     A layer that is never called in a bucket gets all blocks there: another schedule may call it after all.
 
     Args: as the attributes of `Plan`; compensate None stands for nowhere, precision_index None for the first precision.
     """
-    masks = masks | (usage == 0).view(*usage.shape, 1, 1, 1)
-    table, index = torch.unique(pack_bits(masks).flatten(0, 2), dim=0, return_inverse=True)
-    shape = masks.shape[:3]
+    masks.keep_all(usage == 0)
+    table, index = masks.packed()
     return Plan(
         model=model,
         grid=grid,
         order_names=order_names,
         order_index=order_index,
         precisions=precisions,
-        precision_index=torch.zeros(shape[1:], dtype=torch.uint8) if precision_index is None else precision_index,
+        precision_index=torch.zeros(index.shape[1:], dtype=torch.uint8) if precision_index is None else precision_index,
         bucket_edges=bucket_edges,
         mask_table=table,
-        mask_index=index.view(shape).to(torch.int32),
-        compensate=torch.zeros(shape, dtype=torch.bool) if compensate is None else compensate,
+        mask_index=index,
+        compensate=torch.zeros(index.shape, dtype=torch.bool) if compensate is None else compensate,
         usage=usage,
         provenance=provenance,
         block_q=block_q,

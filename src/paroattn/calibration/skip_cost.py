@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.keep import keep_best
+from paroattn.calibration.keep import keep_levels
 
 LEVELS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Densities at which errors are measured; an error in between is interpolated, at density 1 it is zero."""
@@ -59,13 +59,13 @@ def skip_costs(
     """Costs and errors of skipping blocks of one head in a given order.
 
     Args:
-        q, k, v: [N, D] float32 in the model's order.
+        q, k, v: [N, D] in the model's order, taken as float32.
         order: gather index [N].
         scale: factor of the logits.
         required: bool [q blocks, kv blocks], never skipped (text).
         block_q: queries per block, 64 or 128.
-        q_blocks: which q blocks to look at, int64 [r]; default all. Results hold these rows only.
-        levels: densities of `errors`; within a chunk of rows the costliest blocks of that call are kept.
+        q_blocks: which q blocks to look at, int64 [r], ascending; default all. Results hold these rows only.
+        levels: densities of `errors`, ascending; the costliest blocks of the rows that memory holds at once are kept.
 
     Example:
         >>> q, k, v = torch.randn(3, 128, 64)
@@ -77,11 +77,9 @@ def skip_costs(
     columns = block_count(tokens, BLOCK)
     if q_blocks is None:
         q_blocks = torch.arange(block_count(tokens, block_q))
-    q, k, v = q[order], k[order], v[order]
-    keys, values = (pad(x, (0, 0, 0, columns * BLOCK - tokens)).view(columns, BLOCK, head_dim) for x in (k, v))
-    count = torch.full((columns, 1), float(BLOCK), device=q.device)
-    count[-1] = tokens - BLOCK * (columns - 1)
-    mean_k, mean_v = keys.sum(1) / count, values.sum(1) / count
+    q, k, v = (x.float()[order] for x in (q, k, v))
+    mean_k, mean_v, count = block_means(k, v)
+    values = pad(v, (0, 0, 0, columns * BLOCK - tokens)).view(columns, BLOCK, head_dim)
 
     sums, costs, errors, norm = [], [], torch.zeros(2, len(levels), dtype=torch.float64), 0.0
     for chunk in q_blocks.split(max(1, _CHUNK_ENTRIES // (columns * block_q * head_dim))):
@@ -111,6 +109,19 @@ def skip_costs(
     return SkipCosts(torch.cat(sums).cpu(), torch.cat(costs, 1).cpu(), errors, norm)
 
 
+def block_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean key and mean value of each kv block, of k, v [..., N, D]: [..., kv blocks, D], and the blocks' numbers of
+    tokens, float32 [kv blocks, 1].
+    """
+    tokens = k.shape[-2]
+    blocks = block_count(tokens, BLOCK)
+    count = torch.full((blocks, 1), float(BLOCK), device=k.device)
+    count[-1] = tokens - BLOCK * (blocks - 1)
+    sums = (pad(x, (0, 0, 0, blocks * BLOCK - tokens)).unflatten(-2, (blocks, BLOCK)).sum(-2) for x in (k, v))
+    mean_k, mean_v = (total / count for total in sums)
+    return mean_k, mean_v, count
+
+
 def _errors(change: Tensor, missing: Tensor, cost: Tensor, required: Tensor, levels: Sequence[float]) -> Tensor:
     """Squared change of the output when each level's share of the costliest blocks is kept, [levels] float64.
 
@@ -120,9 +131,9 @@ def _errors(change: Tensor, missing: Tensor, cost: Tensor, required: Tensor, lev
         cost, required: [q blocks, kv blocks].
     """
     rows_of_blocks, columns = cost.shape
-    skipped = torch.stack([~keep_best(cost, density, required) for density in levels], 1).to(
-        change.dtype
-    )  # [q, levels, kv]
+    left_out_by = keep_levels(cost, levels, required).unsqueeze(1)
+    number = torch.arange(len(levels), device=cost.device).view(-1, 1)
+    skipped = (left_out_by > number).to(change.dtype)  # [q, levels, kv]
     moved = torch.bmm(skipped, change.view(columns, rows_of_blocks, -1).transpose(0, 1))  # [q, levels, block_q * D]
     taken = torch.bmm(skipped, missing.view(columns, rows_of_blocks, -1).transpose(0, 1))  # [q, levels, block_q]
     left = (1 - taken).clamp(min=1e-6).unsqueeze(-1)

@@ -13,6 +13,7 @@ from paroattn.block_mask import BLOCK, block_count
 from paroattn.order import inverse_order
 
 _CHUNK_ENTRIES = 2**20  # entries of P held at once, so that a chunk stays in the processor's cache
+_GPU_CHUNK_ENTRIES = 2**26  # the same on a GPU, which large chunks keep busy
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def probability_blocks(
     """Chunks of one head's attention map P in a given order, cut into blocks.
 
     Args:
-        q, k: [N, D] float32, in the model's order.
+        q, k: [N, D] in the model's order, taken as float32.
         order: gather index [N].
         scale: factor of the logits.
         row_blocks: which rows of blocks; default all.
@@ -63,13 +64,17 @@ def probability_blocks(
     rows_needed, columns = block_count(tokens, BLOCK), block_count(tokens, BLOCK)
     if row_blocks is None:
         row_blocks = torch.arange(rows_needed)
-    q, k = q[order], k[order]
-    for rows in row_blocks.split(max(1, _CHUNK_ENTRIES // (BLOCK * tokens))):
+    q, k = q.float()[order], k.float()[order]
+    for rows in row_blocks.split(max(1, _chunk_entries(q.device) // (BLOCK * tokens))):
         index = (rows.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten()
         p = (q[index.clamp(max=tokens - 1)] @ k.mT * scale).softmax(-1)
         p[index >= tokens] = 0
         p = pad(p, (0, columns * BLOCK - tokens))
         yield rows, p.view(len(rows), BLOCK, columns, BLOCK)
+
+
+def _chunk_entries(device: torch.device) -> int:
+    return _CHUNK_ENTRIES if device.type == "cpu" else _GPU_CHUNK_ENTRIES
 
 
 def block_areas(tokens: int) -> Tensor:
@@ -90,7 +95,7 @@ def order_metrics(
         M_sparse in [0, 1], higher is better, and M_quant >= 1, lower is better.
     """
     tokens = len(order)
-    areas, epsilon = block_areas(tokens), criterion.epsilon_for(tokens)
+    areas, epsilon = block_areas(tokens).to(q.device), criterion.epsilon_for(tokens)
     sparse = incoherence = blocks = 0.0
     for rows, p in probability_blocks(q, k, order, scale, row_blocks):
         area = areas[rows]
@@ -110,7 +115,7 @@ def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> 
     columns in every order, and rows are then added to their q blocks.
 
     Args:
-        q, k: [N, D] float32, in the model's order.
+        q, k: [N, D] in the model's order, taken as float32.
         orders: gather indices [N].
         scale: factor of the logits.
 
@@ -118,12 +123,13 @@ def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> 
         float32 [orders, q blocks, kv blocks]; each row of blocks sums to its number of tokens.
     """
     tokens, blocks = len(q), block_count(len(q), BLOCK)
-    block_of = torch.stack([inverse_order(order) // BLOCK for order in orders])  # [orders, N]
+    q, k = q.float(), k.float()
+    block_of = torch.stack([inverse_order(order) // BLOCK for order in orders]).to(q.device)  # [orders, N]
     assignment = one_hot(block_of, blocks).transpose(0, 1).flatten(1).to(q.dtype)  # [N, orders * blocks]
-    sums = torch.zeros(len(orders), blocks, blocks)
-    for rows in torch.arange(tokens).split(max(1, _CHUNK_ENTRIES // tokens)):
+    sums = torch.zeros(len(orders), blocks, blocks, device=q.device)
+    for rows in torch.arange(tokens, device=q.device).split(max(1, _chunk_entries(q.device) // tokens)):
         p = (q[rows] @ k.mT * scale).softmax(-1)
         columns = (p @ assignment).unflatten(1, (len(orders), blocks))
         for number in range(len(orders)):
             sums[number].index_add_(0, block_of[number, rows], columns[:, number])
-    return sums
+    return sums.cpu()

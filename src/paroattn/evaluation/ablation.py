@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from tqdm.auto import tqdm
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.budget import CostStatistics, Selection, allocate, select_by_cost
 from paroattn.calibration.keep import keep_best
+from paroattn.calibration.mask_table import MaskTable
 from paroattn.calibration.select import CalibrationStatistics, plan_from_masks, select_plan
 from paroattn.evaluation.baselines import DYNAMIC_BASELINES, STATIC_BASELINES, apply_dynamic, static_baseline
-from paroattn.evaluation.metrics import Closeness, compare
-from paroattn.evaluation.pairs import Pair
-from paroattn.evaluation.records import METRICS, environment, finite
+from paroattn.evaluation.learned_metrics import LearnedMetrics
+from paroattn.evaluation.metrics import Closeness, finite, standard_error, summary
+from paroattn.evaluation.pair_store import PairStore
+from paroattn.evaluation.pairs import Pair, Variant, evaluate_pairs
+from paroattn.evaluation.records import environment
 from paroattn.integrations.apply import apply
 from paroattn.integrations.calibrate import collect_costs
 from paroattn.integrations.generation import GenerativeModel
@@ -31,6 +35,7 @@ from paroattn.plan import Plan, bucket_of
 
 PAPER = "paper"
 OURS = "ours"
+PRECISIONS = ((1.0, "int8"), (1.0, "int8/exact"), (1.0, "int4"), (0.3, "int8"), (0.5, "int4"))
 
 
 class Measured:
@@ -40,17 +45,25 @@ class Measured:
         model: what is calibrated.
         prompts: to calibrate on.
         densities: the least of them, checked before anything is measured, is the least that plans will have.
+        work_dir: where finished generations of the calibrations are kept; None for nowhere.
         progress: show a progress bar on stderr.
     """
 
     def __init__(
-        self, model: GenerativeModel, prompts: Sequence[str], densities: Sequence[float], *, progress: bool = True
+        self,
+        model: GenerativeModel,
+        prompts: Sequence[str],
+        densities: Sequence[float],
+        *,
+        work_dir: Path | None = None,
+        progress: bool = True,
     ):
         self._pipe = model.pipe
         self._arguments = [model.call_arguments(prompt) for prompt in prompts]
         self._common: dict[str, Any] = {
             "densities": sorted(densities),
             "prompt_texts": prompts,
+            "work_dir": work_dir,
             "progress": progress,
         }
 
@@ -72,12 +85,14 @@ class Measured:
     @cached_property
     def costs(self) -> CostStatistics:
         """Paroattn's own, over all axis and tiled orders."""
-        return collect_costs(self._pipe, self._arguments, int4=True, **self._common)
+        return collect_costs(self._pipe, self._arguments, int4=True, block_sums=True, **self._common)
 
     @cached_property
     def axis_costs(self) -> CostStatistics:
         """The same over axis orders only."""
-        return collect_costs(self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, **self._common)
+        return collect_costs(
+            self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, block_sums=True, **self._common
+        )
 
     @cached_property
     def _block_sums(self) -> list[CalibrationStatistics]:
@@ -104,14 +119,21 @@ class Case:
     attach: Callable[[Any], AbstractContextManager[Any]]
     plan: Plan | None = None
 
+    @property
+    def name(self) -> str:
+        """Different for every case."""
+        return f"{self.method} {self.density:g} {self.precision}"
+
 
 def cases(
     measured: Measured,
     densities: Sequence[float],
     *,
     methods: Sequence[str] = (),
-    lowest: float = 0.125,
+    lowest: float | None = 0.125,
+    precisions: Sequence[tuple[float, str]] = PRECISIONS,
     backend: str = "auto",
+    progress: bool = True,
 ) -> list[Case]:
     """The rows: methods at each density, the paper's and ours also at `lowest`, and precisions.
 
@@ -119,18 +141,31 @@ def cases(
         measured: what was, or will be, measured; only what the rows need is.
         densities: shares of computed blocks.
         methods: names from `METHODS`; none stands for all.
-        lowest: a density for the paper's method and ours only.
+        lowest: a density for the paper's method and ours only; None for none.
+        precisions: densities and precisions of further rows of the paper's method and ours.
         backend: of the operator.
+        progress: show a bar on stderr.
     """
-    found: list[Case] = []
+    rows: list[Callable[[], Case]] = []
 
     def add(group: str, method: str, density: float, make: Callable[[], Plan]) -> None:
-        if not methods or method in methods:
+        def row() -> Case:
             plan = make()
             precision = max(map(str, plan.precisions), key=lambda name: "int4" in name)
-            found.append(
-                Case(group, method, density, precision, partial(apply, plan=plan, strict=True, backend=backend), plan)
-            )
+            attach = partial(apply, plan=plan, strict=True, backend=backend)
+            return Case(group, method, density, precision, attach, plan)
+
+        if not methods or method in methods:
+            rows.append(row)
+
+    def add_dynamic(name: str, density: float) -> None:
+        def row() -> Case:
+            orders = _orders(measured.paper) if "orders" in name else None
+            attach = partial(apply_dynamic, name=name, density=density, orders=orders, backend=backend)
+            return Case("baseline", name, density, "exact", attach)
+
+        if not methods or name in methods:
+            rows.append(row)
 
     def ours(**choice: Any) -> Callable[[], Plan]:
         return lambda: select_by_cost(measured.costs, **choice)
@@ -138,10 +173,10 @@ def cases(
     def papers(**choice: Any) -> Callable[[], Plan]:
         return lambda: select_plan(measured.paper, **choice)
 
-    for density in (*densities, lowest):
+    for density in dict.fromkeys((*densities, *(() if lowest is None else (lowest,)))):
         add("paper", PAPER, density, papers(density=density))
         add("ours", OURS, density, ours(density=density))
-    for density, precision in ((1.0, "int8"), (1.0, "int8/exact"), (1.0, "int4"), (0.3, "int8"), (0.5, "int4")):
+    for density, precision in precisions:
         choice = {"density": density, "precision": precision}
         add("precision", PAPER, density, papers(**choice))
         add("precision", OURS, density, ours(**choice))
@@ -153,11 +188,9 @@ def cases(
         for name in STATIC_BASELINES:
             add("baseline", name, density, partial(_static_baseline, measured, name, density))
         for name in DYNAMIC_BASELINES:
-            if not methods or name in methods:
-                orders = _orders(measured.paper) if "orders" in name else None
-                attach = partial(apply_dynamic, name=name, density=density, orders=orders, backend=backend)
-                found.append(Case("baseline", name, density, "exact", attach))
-    return found
+            add_dynamic(name, density)
+    made = [row() for row in tqdm(rows, desc="plans", unit="plan", disable=not progress)]
+    return list({case.name: case for case in made}.values())
 
 
 def _static_baseline(measured: Measured, name: str, density: float) -> Plan:
@@ -181,7 +214,7 @@ def _paper_with_budget(measured: Measured, density: float) -> Plan:
         for step, share in zip(sums, shares, strict=True)
     ]
     return plan_from_masks(
-        torch.stack(masks),
+        MaskTable.of(torch.stack(masks)),
         model=source.model,
         grid=source.grid,
         order_names=source.order_names,
@@ -244,25 +277,36 @@ class CaseResult:
     def values(self, metric: str) -> list[float]:
         return [getattr(item, metric) for item in self.closeness]
 
+    def figures(self, metric: str) -> list[float | None]:
+        return [item.values().get(metric) for item in self.closeness]
+
 
 def run(
-    model: GenerativeModel, chosen: Sequence[Case], pairs: Sequence[Pair], *, progress: bool = True
-) -> Iterator[CaseResult]:
-    """Generate every pair with full attention once, then with every case; yields a case when all its pairs are done."""
-    with tqdm(total=len(pairs) * (1 + len(chosen)), desc="ablation", unit="video", disable=not progress) as bar:
-        references = []
-        for prompt, seed in pairs:
-            references.append(model.generate(prompt, seed))
-            bar.update()
-        for case in chosen:
-            bar.set_postfix_str(f"{case.method} {case.density:g}")
-            closeness = []
-            with case.attach(model.pipe) as applied:
-                for (prompt, seed), reference in zip(pairs, references, strict=True):
-                    closeness.append(compare(model.generate(prompt, seed), reference))
-                    bar.update()
-            density = applied.density if case.plan is None else case.plan.density()
-            yield CaseResult(case, density, tuple(closeness))
+    model: GenerativeModel,
+    chosen: Sequence[Case],
+    pairs: Sequence[Pair],
+    *,
+    store: PairStore | None = None,
+    learned: LearnedMetrics | None = None,
+    progress: bool = True,
+) -> Iterator[list[CaseResult]]:
+    """Generate every pair with full attention and with every case; yields the results so far after each pair.
+
+    Args:
+        model: what generates.
+        chosen: from `cases`.
+        pairs: prompts and seeds.
+        store: keeps results: those that it has are not computed again. Default: nowhere.
+        learned: metrics that need networks; default: none.
+        progress: show a bar on stderr.
+    """
+    variants = [Variant(case.name, case.plan, case.attach) for case in chosen]
+    how: dict[str, Any] = {"store": store, "learned": learned, "progress": progress}
+    for evaluation in evaluate_pairs(model, variants, pairs, keep_videos=0, **how):
+        yield [
+            CaseResult(case, result.density, result.closeness)
+            for case, result in zip(chosen, evaluation.results, strict=True)
+        ]
 
 
 def ablation_records(
@@ -289,11 +333,10 @@ def ablation_records(
             "density": item.density,
             "precision": case.precision,
         }
-        for metric in METRICS:
-            values = item.values(metric)
-            record[metric] = finite(statistics.fmean(values))
-            record[f"{metric}_error"] = finite(standard_error(values))
-            record[f"{metric}_pairs"] = [finite(value) for value in values]
+        for metric in dict.fromkeys(name for own in item.closeness for name in own.values()):
+            values = item.figures(metric)
+            record |= summary(metric, values)
+            record[f"{metric}_pairs"] = [None if value is None else finite(value) for value in values]
         for other in (PAPER, OURS):
             reference = by_place.get((other, case.density, case.precision))
             differences = (
@@ -305,8 +348,3 @@ def ablation_records(
             record[f"over_{other}_error"] = finite(standard_error(differences))
         records.append({**record, **common})
     return records
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.profiler import ProfilerActivity, profile
 
 from paroattn.block_mask import BLOCK, BlockMask, block_count, pack_bits
 from paroattn.calibration.keep import check_density
 from paroattn.evaluation.floors import gpu_floors
 from paroattn.evaluation.peers import GPU_PEERS, Peer, flex_attention, sdpa
 from paroattn.evaluation.records import environment
+from paroattn.evaluation.rounds import interleaved, median_and_spread, paired_ratio
 from paroattn.grid import TokenGrid
 from paroattn.ops import cpu, prepare, triton_attention
 from paroattn.ops.backend import choose_backend
@@ -30,16 +32,18 @@ from paroattn.quantize import Precision
 # bfloat16 inputs, as everything there.
 _ERROR_LIMITS = {"exact": 1e-5, "bf16": 0.02, "int8": 0.05, "int4": 0.8, "fp8": 0.08}
 _GPU_ERROR_LIMITS = {**_ERROR_LIMITS, "exact": 0.02}
+FORWARD = "attention_forward"  # the name of the kernel that is not prologue
 _LEAD_CYCLES = 5_000_000  # a GPU idles so long before each call that is timed, while the call's kernels are launched
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the attention to be timed, one batch element."""
+    """Size of the attention to be timed."""
 
     tokens: int
     heads: int
     head_dim: int
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Contender:
         compensate: whether skipped blocks are replaced by their means.
         error: relative to float64, or None if not measured.
         backend: what the operator runs on.
+        profile: whether the operator's kernels on a GPU tell the prologue from the rest.
     """
 
     method: str
@@ -64,6 +69,7 @@ class Contender:
     compensate: bool = False
     error: float | None = None
     backend: str | None = None
+    profile: bool = False
 
 
 def bench_attention(
@@ -120,7 +126,11 @@ def bench_attention(
             if compensate and density < 1:
                 contenders += inputs.operators(precision, density, mask, backend, compensate=True)
         contenders += inputs.sparse_peers(density, mask, flex)
-    times = _interleaved(contenders, rounds, progress, inputs.device)
+    times = interleaved(
+        [functools.partial(_seconds, contender.call, inputs.device) for contender in contenders],
+        rounds,
+        progress=progress,
+    )
     dense = [min(own) for own in zip(*times[:dense_count], strict=True)]
     common = {
         "kind": "attention",
@@ -133,7 +143,13 @@ def bench_attention(
     if inputs.device.type == "cuda":
         common["gpu"] = torch.cuda.get_device_name(inputs.device)
     return [
-        {**_record(contender, own, dense), **inputs.work(contender, own), **common}
+        {
+            **_record(contender, own, dense),
+            **_against_each(own, contenders[:dense_count], times[:dense_count]),
+            **inputs.work(contender, own),
+            **(_prologue_ms(contender.call) if contender.profile else {}),
+            **common,
+        }
         for contender, own in zip(contenders, times, strict=True)
     ]
 
@@ -163,23 +179,7 @@ def _seconds(call: Callable[[], float], device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def _interleaved(
-    contenders: Sequence[Contender], rounds: int, progress: bool, device: torch.device
-) -> list[list[float]]:
-    """Seconds of each contender in each round, after one call that does not count."""
-    times: list[list[float]] = [[] for _ in contenders]
-    with tqdm(total=(rounds + 1) * len(contenders), desc="rounds", disable=not progress) as bar:
-        for number in range(rounds + 1):
-            for contender, own in zip(contenders, times, strict=True):
-                seconds = _seconds(contender.call, device)
-                if number:
-                    own.append(seconds)
-                bar.update()
-    return times
-
-
 def _record(contender: Contender, times: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return {
         "method": contender.method,
         "precision": contender.precision,
@@ -188,10 +188,26 @@ def _record(contender: Contender, times: Sequence[float], dense: Sequence[float]
         "compensate": contender.compensate,
         "error": contender.error,
         "backend": contender.backend,
-        "median_ms": 1000 * statistics.median(times),
-        "spread_ms": 1000 * (quartiles[2] - quartiles[0]),
-        "times_sdpa": statistics.median(other / own for own, other in zip(times, dense, strict=True)),
+        **median_and_spread(times),
+        "times_sdpa": paired_ratio(dense, times),
     }
+
+
+def _against_each(
+    own: Sequence[float], dense: Sequence[Contender], times: Sequence[Sequence[float]]
+) -> dict[str, dict[str, float]]:
+    """How many times faster than each dense contender, by its name."""
+    names = (f"{contender.method} {contender.precision}" for contender in dense)
+    return {"times_each": {name: paired_ratio(base, own) for name, base in zip(names, times, strict=True)}}
+
+
+def _prologue_ms(call: Callable[[], float]) -> dict[str, float]:
+    """`prologue_ms`: GPU time of one call's kernels other than the attention forward, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kernels = {event.key: event.self_device_time_total for event in profiler.key_averages()}
+    return {"prologue_ms": sum(time for name, time in kernels.items() if not name.startswith(FORWARD)) / 1000}
 
 
 class _Inputs:
@@ -200,8 +216,9 @@ class _Inputs:
     def __init__(self, shape: Shape, seed: int, device: torch.device, block_q: int = BLOCK):
         self.shape, self.device, self.block_q = shape, device, block_q
         self.generator = torch.Generator().manual_seed(seed)
-        size = (1, shape.heads, shape.tokens, shape.head_dim)
-        query, key, value = (torch.randn(size, generator=self.generator) for _ in range(3))
+        size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
+        own = torch.Generator(device).manual_seed(seed)
+        query, key, value = (torch.randn(size, generator=own, device=device) for _ in range(3))
         self.tensors = {
             dtype: (query.to(device, dtype), key.to(device, dtype), value.to(device, dtype))
             for dtype in (torch.float32, torch.bfloat16)
@@ -214,7 +231,7 @@ class _Inputs:
     def work(self, contender: Contender, times: Sequence[float]) -> dict[str, float | None]:
         """Arithmetic per second of a contender, and the floors of a GPU for it."""
         tokens, heads, head_dim = self.shape.tokens, self.shape.heads, self.shape.head_dim
-        scores = contender.density * heads * tokens**2
+        scores = contender.density * self.shape.batch * heads * tokens**2
         tflops = 4e-12 * scores * head_dim / statistics.median(times)
         parsed = Precision.parse(contender.precision) if contender.method == "paroattn" else Precision()
         return {"tflops": tflops, **gpu_floors(parsed, scores, head_dim, self.device)}
@@ -289,7 +306,17 @@ class _Inputs:
         chosen = choose_for_layer(backend, plan, self.device, dtype)
 
         def contender(prologue: bool, call: Callable[[], float]) -> Contender:
-            return Contender("paroattn", str(precision), density, prologue, call, compensate, error, chosen.describe())
+            return Contender(
+                "paroattn",
+                str(precision),
+                density,
+                prologue,
+                call,
+                compensate,
+                error,
+                chosen.describe(),
+                profile=on_gpu and chosen is triton_attention,
+            )
 
         found = [contender(True, _untimed(op, *tensors, step=step))]
         if chosen is cpu:
@@ -297,7 +324,7 @@ class _Inputs:
             scale = self.shape.head_dim**-0.5
             flags = None if plan.compensate is None else plan.compensate[0]
             arguments = cpu.kernel_arguments(*tensors, self.order, block_mask, plan.precisions, flags, None, scale)
-            output, lse = torch.empty_like(tensors[0]), torch.empty(1, heads, tokens)
+            output, lse = torch.empty_like(tensors[0]), torch.empty(self.shape.batch, heads, tokens)
 
             def without_prologue() -> float:
                 _, prologue_seconds = cpu.run_kernel(output, lse, *arguments)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from paroattn.block_mask import block_count
 from paroattn.calibration.calls import AttentionCall, order_of
 from paroattn.calibration.statistics import block_areas, block_sums
-from paroattn.evaluation.pairs import Pair, Variant
+from paroattn.evaluation.pairs import Pair
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment
 from paroattn.integrations.descriptors import identify
@@ -84,28 +84,27 @@ class HeadStudy:
 
 def study_heads(
     model: GenerativeModel,
-    variants: Sequence[Variant],
+    plans: Mapping[str, Plan],
     pair: Pair,
     *,
     shown: str,
     backend: str = "auto",
     progress: bool = True,
 ) -> HeadStudy:
-    """Generate a pair with full attention, and give every attention call to the operators of all variants, too.
+    """Generate a pair with full attention, and give every attention call to the operators of all plans, too.
 
     Args:
         model: what generates.
-        variants: plans to look at.
+        plans: to look at, by name of variant.
         pair: prompt and seed.
-        shown: name of the variant whose attention maps are kept.
+        shown: name of the plan whose attention maps are kept.
         backend: of the operators.
         progress: show a progress bar on stderr.
     """
-    plan = next(variant.plan for variant in variants if variant.name == shown)
-    maps = _Maps(plan)
+    maps = _Maps(plans[shown])
     layers = identify(model.pipe).layers
     with tqdm(desc="attention of each head", unit="step", disable=not progress) as bar:
-        looks = {variant.name: _Look(variant.plan, backend, layers) for variant in variants}
+        looks = {name: _Look(plan, backend, layers) for name, plan in plans.items()}
 
         def follow(schedule: Schedule) -> None:
             bar.total = schedule.num_steps
@@ -137,22 +136,23 @@ def study_records(records: Sequence[Mapping[str, Any]], study: HeadStudy) -> lis
     and head.
     """
     prompt, seed = study.pair
-    return [
-        {
-            **record,
-            "attention": {
-                "prompt": prompt,
-                "seed": seed,
-                "backend": found.backend,
-                "seconds": found.seconds,
-                "full_seconds": found.full_seconds,
-                "prologue_seconds": found.prologue_seconds,
-            },
-            "heads": {"densities": rounded(found.densities), "errors": rounded(found.errors)},
+    completed = []
+    for record in records:
+        found = study.plans.get(record["variant"])
+        if found is None:  # a mask rule without a plan
+            completed.append(dict(record))
+            continue
+        attention = {
+            "prompt": prompt,
+            "seed": seed,
+            "backend": found.backend,
+            "seconds": found.seconds,
+            "full_seconds": found.full_seconds,
+            "prologue_seconds": found.prologue_seconds,
         }
-        for record in records
-        for found in [study.plans[record["variant"]]]
-    ]
+        heads = {"densities": rounded(found.densities), "errors": rounded(found.errors)}
+        completed.append({**record, "attention": attention, "heads": heads})
+    return completed
 
 
 def rounded(values: Tensor) -> list[Any]:
@@ -237,7 +237,7 @@ class _Maps:
         for sample in call.samples():
             uniform = block_areas(sample.grid.tokens) / sample.grid.tokens
             for head, index in enumerate(plan.order_index[call.layer].tolist()):
-                q, k, _ = (x.cpu() for x in sample.head(head))
+                q, k, _ = sample.head(head)
                 orders = [order_of(name, sample.grid) for name in ("FHW", plan.order_names[index])]
                 maps = block_sums(q, k, orders, call.scale) / uniform
                 self._sums[:, bucket, call.layer, head] += adaptive_avg_pool2d(maps, side)

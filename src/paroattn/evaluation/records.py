@@ -3,53 +3,94 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
 import torch
 
 import paroattn
+from paroattn.evaluation.metrics import finite
 from paroattn.evaluation.pairs import FULL, Evaluation, VariantResult
 from paroattn.files import write_atomically
 from paroattn.integrations.generation import GenerativeModel
-
-METRICS = ("psnr", "ssim", "cosine")
-
-
-def evaluation_records(model: GenerativeModel, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One record per variant; figures that are not finite become None, since JSON has no infinity."""
-    common = {"kind": "evaluation", "model": model.name, "settings": asdict(model.settings), **environment()}
-    return [{**_variant_record(result, evaluation), **common} for result in evaluation.results]
+from paroattn.plan import Plan
 
 
-def _variant_record(result: VariantResult, evaluation: Evaluation) -> dict[str, Any]:
+def evaluation_records(
+    model: GenerativeModel, evaluation: Evaluation, dimensions: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """One record per variant; figures that are not finite become None, since JSON has no infinity.
+
+    Args:
+        model: what generated.
+        evaluation: its results.
+        dimensions: of prompts, as VBench's file has them: figures are also given for each.
+    """
+    common = {
+        "kind": "evaluation",
+        "model": model.name,
+        "settings": asdict(model.settings),
+        "missing": evaluation.missing,
+    }
+    common |= environment()
+    return [{**_variant_record(result, evaluation, dimensions), **common} for result in evaluation.results]
+
+
+def _variant_record(
+    result: VariantResult, evaluation: Evaluation, dimensions: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     plan = result.variant.plan
-    figures: dict[str, Any] = {}
-    for metric in METRICS:
-        figures[metric] = finite(result.mean(metric))
-        figures[f"{metric}_spread"] = result.spread(metric)
+    figures: dict[str, Any] = {"fvd": result.fvd}
+    for metric in result.metrics():
+        figures |= result.summary(metric)
     pairs = [
-        {"prompt": prompt, "seed": seed, **{key: finite(value) for key, value in asdict(item).items()}}
-        for (prompt, seed), item in zip(evaluation.pairs, result.closeness, strict=True)
+        {
+            "prompt": prompt,
+            "seed": seed,
+            **{key: None if value is None else finite(value) for key, value in own.items()},
+        }
+        for (prompt, seed), own in zip(evaluation.pairs, (item.values() for item in result.closeness), strict=True)
     ]
     return {
         "variant": result.variant.name,
-        "density": plan.density(),
+        "density": result.density,
+        **(_plan_facts(plan) if plan is not None else {}),
+        **figures,
+        "speed_up": result.speed_up,
+        "transformer_seconds": evaluation.seconds[result.variant.name],
+        "full_attention_seconds": evaluation.seconds[FULL],
+        "by_dimension": _by_dimension(result, evaluation, dimensions),
+        "pairs": pairs,
+    }
+
+
+def _by_dimension(
+    result: VariantResult, evaluation: Evaluation, dimensions: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    places: dict[str, list[int]] = {}
+    for number, (prompt, _) in enumerate(evaluation.pairs):
+        for dimension in dimensions.get(prompt, ()):
+            places.setdefault(dimension, []).append(number)
+    found = {}
+    for dimension, numbers in places.items():
+        part = replace(result, closeness=tuple(result.closeness[number] for number in numbers))
+        found[dimension] = {"pairs": len(numbers), **{name: part.summary(name)[name] for name in part.metrics()}}
+    return found
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    return {
         "visual_density": plan.density(visual_only=True),
         "grid": str(plan.grid),
         "orders": list(plan.order_names),
         "precisions": [str(precision) for precision in plan.precisions],
         "calibration": dict(plan.provenance),
-        **figures,
-        "speed_up": result.speed_up,
-        "transformer_seconds": evaluation.seconds[result.variant.name],
-        "full_attention_seconds": evaluation.seconds[FULL],
-        "pairs": pairs,
     }
 
 
@@ -72,11 +113,6 @@ def write_records(records: list[dict[str, Any]], path: Path) -> None:
     """Write records as JSON lines, whole or not at all; a file that exists is replaced."""
     lines = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in records)
     write_atomically(path, lambda temporary: temporary.write_text(lines))
-
-
-def finite(value: float) -> float | None:
-    """None for what JSON cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 def _processor() -> str:

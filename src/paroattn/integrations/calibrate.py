@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,7 +17,14 @@ from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.select import bucket_edges_by_change, select_plan
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
+from paroattn.integrations.calibration_run import (
+    CalibrationRun,
+    Prompt,
+    calibration_checkpoint,
+    calibration_kernels,
+    spread,
+)
+from paroattn.integrations.checkpoint import remove_work
 from paroattn.integrations.effects import measure_effects
 from paroattn.integrations.paper import collect_block_sums
 from paroattn.integrations.targets import reach, target_of
@@ -47,6 +55,7 @@ def calibrate(
     dense_layers: int = 0,
     criterion: OrderCriterion = OrderCriterion(),
     prompt_texts: Sequence[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
 ) -> Plan:
@@ -79,6 +88,8 @@ def calibrate(
         dense_layers: number of layers, from the first, that stay dense and exact (method "cost").
         criterion: parameters of the paper's choice of orders (method "paper").
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
+        work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
+            interruption goes on where it was. Its files are deleted in the end. None keeps nothing.
         progress: show a tqdm progress bar.
         **call_arguments: passed to every call of the pipeline (height, width, num_frames, num_inference_steps, ...).
 
@@ -101,6 +112,7 @@ def calibrate(
         "seed": seed,
         "step_buckets": step_buckets,
         "prompt_texts": prompt_texts,
+        "work_dir": work_dir,
         "progress": progress,
         **call_arguments,
     }
@@ -109,7 +121,9 @@ def calibrate(
         statistics = collect_block_sums(
             pipe, prompts, densities=(density,), criterion=criterion, order_names=names, **common
         )
-        return select_plan(statistics[0], density=density, precision=parsed)
+        plan = select_plan(statistics[0], density=density, precision=parsed)
+        remove_work(work_dir)
+        return plan
     if method != "cost":
         raise ValueError(f"method is {method!r}; expected 'cost' or 'paper'")
     selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers)
@@ -128,10 +142,13 @@ def calibrate(
         return select_by_cost(costs, density=density, precision=parsed, selection=selection, int8_share=int8_share)
 
     if target is None:
-        return select(density)
-    run = CalibrationRun(pipe, prompts, (), seed, call_arguments, progress)
-    run.grid = costs.grid
-    return reach(run, target, select)
+        plan = select(density)
+    else:
+        run = CalibrationRun(pipe, prompts, (), seed, call_arguments, progress)
+        run.grid = costs.grid
+        plan = reach(run, target, select)
+    remove_work(work_dir)
+    return plan
 
 
 def collect_costs(
@@ -146,7 +163,9 @@ def collect_costs(
     dense_steps: float = 0.0,
     int4: bool = False,
     effects: bool = True,
+    block_sums: bool = False,
     prompt_texts: Sequence[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
 ) -> CostStatistics:
@@ -154,23 +173,33 @@ def collect_costs(
 
     Args: as `calibrate`; `densities` are the ones plans will be selected for, checked as soon as the grid is known;
         effects are measured at the middle one. `int4` also measures which heads INT4 hurts. Without `effects` all
-        weights are one, which serves uniform budgets.
+        weights are one, which serves uniform budgets. `block_sums` are for pictures and for masks that rank by them.
+        Files in `work_dir` stay: the same call returns the same statistics at once (`remove_work` deletes them).
     """
     if block_q not in (BLOCK, 2 * BLOCK):
         raise ValueError(f"block_q is {block_q!r}; expected 64 or 128")
     if step_buckets < 1:
         raise ValueError(f"step_buckets is {step_buckets}; expected at least 1")
-    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
+    arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
+    arguments |= {"dense_steps": dense_steps, "int4": int4, "effects": effects, "block_sums": block_sums}
+    arguments["densities"] = sorted(densities)
+    checkpoint = calibration_checkpoint(work_dir, pipe, "cost", prompts, seed, call_arguments, arguments)
+    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint)
     identity = run.identity
     shape = (identity.layers, identity.heads)
     names, chosen, changes = _choose_orders(run, shape, order_names, block_q, seed)
     guard = math.ceil(dense_steps * run.num_steps - 1e-9)
     edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
-    costs = BlockCosts(len(edges), names, chosen, run.grid, block_q)
-    run.generate(
-        lambda call: costs.add(bucket_of(edges, call.step, call.num_steps), call), "calibration 2/4, costs of blocks"
-    )
-    block_sums, block_costs, errors, norms = costs.means()
+
+    def make() -> tuple[BlockCosts]:
+        arguments: dict[str, Any] = {"block_sums": block_sums, "kernels_for": calibration_kernels}
+        return (BlockCosts(len(edges), names, chosen, run.grid, block_q, **arguments),)
+
+    def add(accumulators: tuple[BlockCosts], call: AttentionCall) -> None:
+        accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
+
+    (costs,) = run.measure("costs", "calibration 2/4, costs of blocks", make, add)
+    mean_block_sums, block_costs, errors, norms = costs.means()
     statistics = CostStatistics(
         model=identity,
         grid=run.grid,
@@ -178,7 +207,7 @@ def collect_costs(
         order_index=chosen,
         bucket_edges=edges,
         block_q=block_q,
-        block_sums=block_sums,
+        block_sums=mean_block_sums,
         costs=block_costs,
         errors=errors,
         norms=norms,
@@ -203,19 +232,18 @@ def _choose_orders(
     run: CalibrationRun, shape: tuple[int, int], order_names: tuple[str, ...] | None, block_q: int, seed: int
 ) -> tuple[tuple[str, ...], Tensor, list[float]]:
     """Names of the orders in use, the index of each head's, and how attention changes from step to step."""
-    candidates: list[tuple[str, ...]] = []
-    errors: list[OrderErrors] = []
-    change: list[StepChange] = []
 
-    def compare(call: AttentionCall) -> None:
-        if not change:
-            candidates.append(candidate_orders(run.grid) if order_names is None else order_names)
-            errors.append(OrderErrors(*shape, run.grid, candidates[0], block_q, ORDER_ROW_SHARE, seed))
-            change.append(StepChange(*shape, run.grid, CHANGE_ROW_SHARE, seed))
-        change[0].add(call)
-        if len(candidates[0]) > 1 and call.step in spread(ORDER_STEPS, call.num_steps):
-            errors[0].add(call)
+    def make() -> tuple[OrderErrors, StepChange]:
+        candidates = candidate_orders(run.grid) if order_names is None else order_names
+        errors = OrderErrors(*shape, run.grid, candidates, block_q, ORDER_ROW_SHARE, seed, calibration_kernels)
+        return errors, StepChange(*shape, run.grid, CHANGE_ROW_SHARE, seed)
 
-    run.generate(compare, "calibration 1/4, token orders")
-    used, index = torch.unique(errors[0].choose(), return_inverse=True)
-    return tuple(candidates[0][number] for number in used.tolist()), index.to(torch.uint8), change[0].changes()
+    def compare(accumulators: tuple[OrderErrors, StepChange], call: AttentionCall) -> None:
+        errors, change = accumulators
+        change.add(call)
+        if len(errors.order_names) > 1 and call.step in spread(ORDER_STEPS, call.num_steps):
+            errors.add(call)
+
+    errors, change = run.measure("orders", "calibration 1/4, token orders", make, compare)
+    used, index = torch.unique(errors.choose(), return_inverse=True)
+    return tuple(errors.order_names[number] for number in used.tolist()), index.to(torch.uint8), change.changes()

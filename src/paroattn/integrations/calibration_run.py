@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import paroattn
+from paroattn.block_mask import BLOCK
 from paroattn.calibration.calls import AttentionCall
+from paroattn.calibration.capture import Accumulator
 from paroattn.calibration.keep import check_density, check_reachable
+from paroattn.calibration.kernels import REFERENCE, Kernels
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment
-from paroattn.integrations.descriptors import identify
+from paroattn.integrations.checkpoint import Checkpoint, fingerprint, weights_fingerprint
+from paroattn.integrations.descriptors import identify, transformers_of
 from paroattn.integrations.schedule import Schedule
+from paroattn.ops import triton_attention, triton_calibration
 from paroattn.plan import bucket_of
 
 Prompt = str | Mapping[str, Any]
 Take = Callable[[AttentionCall], None]
+Accumulators = TypeVar("Accumulators", bound=tuple[Accumulator, ...])
 
 
 class CalibrationRun:
     """Generates from all prompts with the model's own attention, handing every attention call to a function.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: strings, or mappings of pipeline arguments.
+        densities: that plans will be selected for; checked as soon as the grid is known.
+        seed: of the initial noise; prompt i uses seed + i.
+        call_arguments: passed to every call of the pipeline.
+        progress: show bars on stderr.
+        checkpoint: where finished generations are kept; default: nowhere.
 
     Attributes:
         identity: of the pipeline's transformers.
@@ -43,12 +60,14 @@ class CalibrationRun:
         seed: int,
         call_arguments: Mapping[str, Any],
         progress: bool,
+        checkpoint: Checkpoint | None = None,
     ):
         if isinstance(prompts, (str, Mapping)) or not prompts:
             raise ValueError(f"prompts is {prompts!r}; expected a list of at least one prompt")
         for density in densities:
             check_density(density)
         self.pipe = pipe
+        self.checkpoint = checkpoint or Checkpoint()
         self.identity = identify(pipe)
         self._prompts = prompts
         self._densities = densities
@@ -65,23 +84,72 @@ class CalibrationRun:
             calls[buckets[step], layer] += 1
         return calls / buckets.bincount(minlength=len(edges)).unsqueeze(1)
 
-    def generate(self, take: Take, description: str) -> None:
-        with self.bar(len(self._prompts), description, "prompt") as bar:
+    def measure(
+        self,
+        part: str,
+        description: str,
+        make: Callable[[], Accumulators],
+        take: Callable[[Accumulators, AttentionCall], None],
+    ) -> Accumulators:
+        """Generate from all prompts and add up their attention calls; from those that are not done, if some are.
+
+        Args:
+            part: its name in the checkpoint, saved after each prompt.
+            description: of the bar.
+            make: the accumulators; called when the grid and the number of steps are known.
+            take: adds a call to them.
+        """
+        found: list[Accumulators] = []
+        done = self._resume(part, make, found)
+        if done == len(self._prompts):
+            return found[0]
+
+        def add(call: AttentionCall) -> None:
+            if not found:
+                self.num_steps = call.num_steps
+                found.append(make())
+            take(found[0], call)
+
+        with self.bar(len(self._prompts), description, "prompt", done) as bar:
 
             def follow(schedule: Schedule) -> None:
                 bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
 
-            intercepts = [_Watcher(self, layer, take) for layer in range(self.identity.layers)]
+            intercepts = [_Watcher(self, layer, add) for layer in range(self.identity.layers)]
             attachment = Attachment(self.pipe, intercepts, self._check_grid, follow)
             for intercept in intercepts:
                 intercept.schedule = attachment.schedule
             try:
-                for number in range(len(self._prompts)):
+                for number in range(done, len(self._prompts)):
                     self.generate_one(number)
+                    self._keep(part, number + 1, found[0])
                     bar.update()
-                self.num_steps = attachment.schedule.num_steps
             finally:
                 attachment.remove()
+        return found[0]
+
+    def _keep(self, part: str, done: int, accumulators: tuple[Accumulator, ...]) -> None:
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, accumulator in enumerate(accumulators)
+            for name, tensor in accumulator.state().items()
+        }
+        facts = {"done": done, "grid": asdict(self.grid), "steps": self.num_steps, "called": sorted(self._called)}
+        self.checkpoint.save(part, tensors, facts)
+
+    def _resume(self, part: str, make: Callable[[], Accumulators], found: list[Accumulators]) -> int:
+        """Put back what was kept of a part into `found`; returns the number of prompts that are done."""
+        kept = self.checkpoint.load(part)
+        if kept is None:
+            return 0
+        tensors, facts = kept
+        self.grid, self.num_steps = TokenGrid(**facts["grid"]), facts["steps"]
+        self._called |= {(step, layer) for step, layer in facts["called"]}
+        found.append(make())
+        for number, accumulator in enumerate(found[0]):
+            own = f"{number}."
+            accumulator.restore({key[len(own) :]: value for key, value in tensors.items() if key.startswith(own)})
+        return facts["done"]
 
     def called(self, step: int, layer: int) -> None:
         """Note a call, for `usage`."""
@@ -111,8 +179,8 @@ class CalibrationRun:
         call = {**self._call_arguments, **arguments, "generator": generator, "output_type": output_type}
         return self.pipe(**call)[0]
 
-    def bar(self, total: int, description: str, unit: str) -> tqdm:
-        return tqdm(total=total, desc=description, unit=unit, disable=not self._progress)
+    def bar(self, total: int, description: str, unit: str, done: int = 0) -> tqdm:
+        return tqdm(total=total, initial=done, desc=description, unit=unit, disable=not self._progress)
 
     def provenance(self, method: str, prompt_texts: Sequence[str] | None) -> dict[str, Any]:
         """What a plan records of every calibration; `prompt_texts` replace the prompts where those are embeddings."""
@@ -124,6 +192,41 @@ class CalibrationRun:
             "seed": self._seed,
             "num_inference_steps": self.num_steps,
         }
+
+
+def calibration_checkpoint(
+    work_dir: str | os.PathLike[str] | None,
+    pipe: Any,
+    method: str,
+    prompts: Sequence[Prompt],
+    seed: int,
+    call_arguments: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> Checkpoint:
+    """The checkpoint in `work_dir` (None: nowhere) of a calibration with these arguments of this pipeline."""
+    if work_dir is None:
+        return Checkpoint()
+    found = fingerprint(
+        paroattn=paroattn.__version__,
+        model=asdict(identify(pipe)),
+        weights=weights_fingerprint(transformers_of(pipe)),
+        scheduler=[type(pipe.scheduler).__name__, str(dict(pipe.scheduler.config))],
+        method=method,
+        prompts=prompts,
+        seed=seed,
+        call_arguments=call_arguments,
+        arguments=arguments,
+    )
+    return Checkpoint(Path(work_dir), found)
+
+
+def calibration_kernels(device: torch.device) -> Kernels:
+    """What computes calibration's statistics on a device: the Triton kernels on a GPU that they have, else PyTorch."""
+    if device.type != "cuda" or triton_attention.unavailable():
+        return REFERENCE
+    if triton_attention.unsupported(device, None, (), (BLOCK, BLOCK)):
+        return REFERENCE
+    return triton_calibration.KERNELS
 
 
 def spread(count: int, total: int) -> list[int]:

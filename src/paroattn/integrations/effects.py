@@ -61,16 +61,25 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
         steps_of[draft.bucket_of(step, run.num_steps)].append(step)
     steps = [own[len(own) // 2] for own in steps_of]
     counts = [len(own) for own in steps_of]
-    reference, calls = _generate_recording(run, steps)
     generator = torch.Generator().manual_seed(seed)
-    found, rounding = [], []
-    with run.bar(draft.buckets, "calibration 3/4, effect of heads", "step") as bar:
-        for bucket in range(draft.buckets):
+    kept = run.checkpoint.load("effects")
+    if kept is None:
+        found, rounding, reference = [], [], None
+    else:
+        found, rounding, reference = list(kept[0]["found"]), list(kept[0]["rounding"]), kept[0]["reference"]
+        generator.set_state(kept[0]["generator"])
+    if len(found) < draft.buckets:
+        reference, calls = _generate_recording(run, steps)
+    assert reference is not None
+    with run.bar(draft.buckets, "calibration 3/4, effect of heads", "step", len(found)) as bar:
+        for bucket in range(len(found), draft.buckets):
             probe = _HeadProbe(run.pipe, draft, bucket, int4)
             measured = [probe.measure(call, generator) for call in calls[steps[bucket]]]
             sensitivity, rounded = (torch.stack(parts).mean(0) for parts in zip(*measured, strict=True))
             found.append(sensitivity)
             rounding.append(rounded)
+            state = {"found": torch.stack(found), "rounding": torch.stack(rounding), "reference": reference.cpu()}
+            run.checkpoint.save("effects", {**state, "generator": generator.get_state()}, {})
             bar.update()
     sensitivities = torch.stack(found)
     gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), counts)
@@ -217,13 +226,15 @@ def _propagation(
     the schedule.
     """
     measured = spread(PROPAGATION_RUNS, draft.buckets)
-    found = []
-    with run.bar(len(measured), "calibration 4/4, propagation of steps", "run") as bar:
-        for bucket in measured:
+    kept = run.checkpoint.load("propagation")
+    found: list[float] = [] if kept is None else kept[0]["found"].tolist()
+    with run.bar(len(measured), "calibration 4/4, propagation of steps", "run", len(found)) as bar:
+        for bucket in measured[len(found) :]:
             with apply(run.pipe, _only_in(draft, bucket)):
                 final = run.generate_one(0)
-            change = float((final.double() - reference.double()).square().sum())
+            change = float((final.double().cpu() - reference.double().cpu()).square().sum())
             found.append(change / max(float(output_changes[bucket]) * counts[bucket], 1e-30))
+            run.checkpoint.save("propagation", {"found": torch.tensor(found, dtype=torch.float64)}, {})
             bar.update()
     gains = torch.tensor(found, dtype=torch.float64).clamp(min=1e-30).log()
     return torch.stack([_between(measured, gains, bucket) for bucket in range(draft.buckets)]).exp()

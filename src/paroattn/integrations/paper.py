@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +13,13 @@ from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockSums, OrderScores
 from paroattn.calibration.select import CalibrationStatistics, choose_orders, step_bucket_edges
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.integrations.calibration_run import CalibrationRun, Prompt, spread
+from paroattn.integrations.calibration_run import (
+    CalibrationRun,
+    Prompt,
+    calibration_checkpoint,
+    calibration_kernels,
+    spread,
+)
 from paroattn.order import AXIS_ORDERS
 from paroattn.plan import bucket_of
 
@@ -30,46 +38,47 @@ def collect_block_sums(
     order_names: tuple[str, ...] = AXIS_ORDERS,
     fixed_orders: Sequence[str] = (),
     prompt_texts: Sequence[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
 ) -> list[CalibrationStatistics]:
     """The paper's measurements: orders by its criterion, block sums in them; see `select_plan`.
 
     Args: as `calibrate`; `densities` are the ones plans will be selected for, checked as soon as the grid is known;
-        `fixed_orders` are also measured, each for all heads ("FHW" is the model's own order).
+        `fixed_orders` are also measured, each for all heads ("FHW" is the model's own order). Files in `work_dir` stay.
 
     Returns:
         Statistics in the chosen orders, then in each of the fixed ones.
     """
-    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress)
+    arguments = {"step_buckets": step_buckets, "criterion": asdict(criterion), "order_names": order_names}
+    arguments["fixed_orders"] = fixed_orders
+    checkpoint = calibration_checkpoint(work_dir, pipe, "paper", prompts, seed, call_arguments, arguments)
+    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint)
     identity = run.identity
+    shape = (identity.layers, identity.heads)
 
-    scores: list[OrderScores] = []
+    def make_scores() -> tuple[OrderScores]:
+        return (OrderScores(*shape, run.grid, order_names, criterion, ORDER_ROW_SHARE, seed),)
 
-    def score(call: AttentionCall) -> None:
-        if not scores:
-            shape = (identity.layers, identity.heads)
-            scores.append(OrderScores(*shape, run.grid, order_names, criterion, ORDER_ROW_SHARE, seed))
+    def score(accumulators: tuple[OrderScores], call: AttentionCall) -> None:
         if call.step in spread(ORDER_STEPS, call.num_steps):
-            scores[0].add(call)
+            accumulators[0].add(call)
 
+    chosen = torch.zeros(shape, dtype=torch.uint8)
     if len(order_names) > 1:
-        run.generate(score, "calibration 1/2, token orders")
-        chosen = choose_orders(*scores[0].means(), criterion.alpha)
-    else:
-        chosen = torch.zeros(identity.layers, identity.heads, dtype=torch.uint8)
-
+        (scores,) = run.measure("scores", "calibration 1/2, token orders", make_scores, score)
+        chosen = choose_orders(*scores.means(), criterion.alpha)
     choices = [(order_names, chosen), *(((name,), torch.zeros_like(chosen)) for name in fixed_orders)]
-    sums: list[BlockSums] = []
-    edges: list[tuple[float, ...]] = []
 
-    def add_up(call: AttentionCall) -> None:
-        if not sums:
-            edges.append(step_bucket_edges(call.num_steps, step_buckets))
-            sums.append(BlockSums(len(edges[0]), choices, run.grid))
-        sums[0].add(bucket_of(edges[0], call.step, call.num_steps), call)
+    def make_sums() -> tuple[BlockSums]:
+        return (BlockSums(len(step_bucket_edges(run.num_steps, step_buckets)), choices, run.grid, calibration_kernels),)
 
-    run.generate(add_up, "calibration 2/2, block sums")
+    def add_up(accumulators: tuple[BlockSums], call: AttentionCall) -> None:
+        edges = step_bucket_edges(call.num_steps, step_buckets)
+        accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
+
+    (sums,) = run.measure("sums", "calibration 2/2, block sums", make_sums, add_up)
+    edges = step_bucket_edges(run.num_steps, step_buckets)
     provenance = {
         **run.provenance("paper", prompt_texts),
         "criterion": {
@@ -84,10 +93,10 @@ def collect_block_sums(
             grid=run.grid,
             order_names=names,
             order_index=index,
-            bucket_edges=edges[0],
+            bucket_edges=edges,
             block_sums=block_sums,
-            usage=run.usage(edges[0]),
+            usage=run.usage(edges),
             provenance=provenance,
         )
-        for (names, index), block_sums in zip(choices, sums[0].means(), strict=True)
+        for (names, index), block_sums in zip(choices, sums.means(), strict=True)
     ]

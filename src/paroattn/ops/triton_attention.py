@@ -6,11 +6,13 @@ Triton's interpreter on CPU tensors, which is slow and meant for tests.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -210,3 +212,16 @@ def check_device(x: Tensor) -> None:
     reason = unavailable() or unsupported(x.device, None, (), (BLOCK, BLOCK))
     if reason:
         raise ValueError(f"backend 'triton' cannot do this: {reason}")
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """While it is entered, kernels are launched where `x` is."""
+    return contextlib.nullcontext() if INTERPRETED else torch.cuda.device(x.device)
+
+
+def target_here(device: torch.device) -> str:
+    """The table's target for a device that `check_device` has accepted."""
+    target = "sm90" if INTERPRETED else target_of(device)
+    if target is None:
+        raise ValueError(f"backend 'triton' has no configuration for {torch.cuda.get_device_name(device)}")
+    return target

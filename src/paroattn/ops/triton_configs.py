@@ -84,7 +84,8 @@ def _table(target: str, kind: Kind) -> Config:
         if kind.head_dim == 64 and kind.block_q == 128:
             return Config(warps, 3, 128, swapped, asm)
         if kind.qk == "int8" and eight_bit:
-            return Config(warps, 3, 128, swapped, asm)
+            one = kind.pv == "fp8" and kind.head_dim == 128 and kind.block_q == 64
+            return Config(warps, 3, 64 if one else 128, swapped, asm)
         if kind.head_dim == 64 and kind.qk == kind.pv:
             return Config(warps, 2, 128, swapped, asm)
         return Config(warps, 3, 64, swapped, asm)
@@ -97,6 +98,13 @@ def dense_block_q(target: str, head_dim: int, qk: str, pv: str, tokens: int) -> 
     """Queries per program where there is no mask; head_dim, qk and pv as in `Kind`."""
     short = target == "sm90" and head_dim == 128 and (qk == pv or pv != "16")  # measured
     return 64 if tokens <= 64 or short else 128
+
+
+def skip_cost_options(target: str, head_dim: int) -> dict[str, int]:
+    """How calibration's kernels are compiled without spills; head_dim 64 or 128."""
+    if target == "gfx942":
+        return {"num_warps": 4, "num_stages": 1}
+    return {"num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
 
 
 def target_of(device: torch.device) -> str | None:

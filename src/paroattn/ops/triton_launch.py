@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.ops import triton_forward, triton_prologue
-from paroattn.ops.triton_attention import INTERPRETED
-from paroattn.ops.triton_configs import Config, Kind, config, dense_block_q, target_of
+from paroattn.ops.triton_attention import INTERPRETED, on_device_of, target_here
+from paroattn.ops.triton_configs import Config, Kind, config, dense_block_q
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_CHUNK = 128  # tokens that one program of the statistics reads
+_CHUNK, _TILE = 512, 32  # tokens that one program of the statistics reads, and how many at a time
+_ROWS_AT_ONCE = 64  # rows of blocks that one program of the schedule ranks
 
 
 def run(
@@ -46,8 +46,7 @@ def run(
     visits: list[Tensor] = []
     if output.numel() == 0:
         return visits
-    guard = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(query.device)
-    with guard:
+    with on_device_of(query):
         call = _Call(query, key, value, permutation, mask_bits, block_q, compensate, key_mask, cos, sin, rotary, scale)
         partial = call.partial_statistics() if {"int8", "fp8"} & {*qk, *pv} else None
         for formats in dict.fromkeys(zip(qk, pv, strict=True)):
@@ -89,7 +88,7 @@ class _Call:
         self.rotary = rotary or None
         self.scale = scale
         self.width = 64 if self.head_dim <= 64 else 128  # of a head inside the kernels
-        self.target = _target(query.device)
+        self.target = target_here(query.device)
         self.block_q, self.q_blocks = block_q, block_count(self.tokens, block_q)
         self.kv_blocks = block_count(self.tokens, BLOCK)
         self.mean_blocks = block_count(self.kv_blocks, BLOCK) if self.compensate is not None else 0
@@ -112,7 +111,7 @@ class _Call:
             HEAD_DIM=self.head_dim,
             D=self.width,
             CHUNK=_CHUNK,
-            num_warps=8,
+            TILE=_TILE,
         )
         return partial
 
@@ -326,21 +325,20 @@ class _Call:
             COLUMNS=triton.next_power_of_2(self.kv_blocks),
         )
         slot_order, row_order = self.new(slots, dtype=torch.int32), torch.empty_like(counts)
-        triton_prologue.schedule[(slots,)](
-            counts, slot_order, row_order, slots, self.q_blocks, ROWS=triton.next_power_of_2(self.q_blocks)
+        triton_prologue.schedule[(block_count(self.q_blocks, _ROWS_AT_ONCE), slots)](
+            counts,
+            slot_order,
+            row_order,
+            slots,
+            self.q_blocks,
+            ROWS=max(_ROWS_AT_ONCE, triton.next_power_of_2(self.q_blocks)),
+            TILE=_ROWS_AT_ONCE,
         )
         return slot_order, row_order, counts, indices
 
 
 def _width_of(kernel_format: str) -> str:
     return kernel_format if kernel_format in ("int8", "fp8") else "16"
-
-
-def _target(device: torch.device) -> str:
-    target = "sm90" if INTERPRETED else target_of(device)
-    if target is None:
-        raise ValueError(f"backend 'triton' has no configuration for {torch.cuda.get_device_name(device)}")
-    return target
 
 
 @functools.lru_cache(maxsize=1024)

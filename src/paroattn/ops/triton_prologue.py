@@ -40,25 +40,34 @@ def _kernel(function: Callable[..., Any]) -> Any:
 @_kernel
 def partial_statistics(
     k_ptr, v_ptr, partial_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, kv_heads, tokens,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums of k and v, least and largest v of CHUNK tokens, per channel; grid (chunks, B * H_kv).
 
-    partial: float32 [B * H_kv, 4, chunks, D].
+    TILE tokens are under way at a time. partial: float32 [B * H_kv, 4, chunks, D].
     """
     head = tl.program_id(1)
     chunks = tl.num_programs(0)
     b, h = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
     channel = tl.arange(0, D)
-    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    valid = token < tokens
-    k = load_rows(k_ptr + b * stride_kb + h * stride_kh, stride_kn, token, valid, None, None, HEAD_DIM, D, None)
-    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, stride_vn, token, valid, None, None, HEAD_DIM, D, None)
+    k_start, v_start = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    k_sum = tl.zeros([TILE, D], tl.float32)
+    v_sum = tl.zeros([TILE, D], tl.float32)
+    least = tl.full([TILE, D], float("inf"), tl.float32)
+    largest = tl.full([TILE, D], float("-inf"), tl.float32)
+    for start in range(0, CHUNK, TILE):
+        token = tl.program_id(0) * CHUNK + start + tl.arange(0, TILE)
+        valid = token < tokens
+        k_sum += load_rows(k_start, stride_kn, token, valid, None, None, HEAD_DIM, D, None)
+        v = load_rows(v_start, stride_vn, token, valid, None, None, HEAD_DIM, D, None)
+        v_sum += v
+        least = tl.minimum(least, tl.where(valid[:, None], v, float("inf")))
+        largest = tl.maximum(largest, tl.where(valid[:, None], v, float("-inf")))
     partial_ptr += (head * 4 * chunks + tl.program_id(0)) * D + channel
-    tl.store(partial_ptr, tl.sum(k, 0))
-    tl.store(partial_ptr + chunks * D, tl.sum(v, 0))
-    tl.store(partial_ptr + 2 * chunks * D, tl.min(tl.where(valid[:, None], v, float("inf")), 0))
-    tl.store(partial_ptr + 3 * chunks * D, tl.max(tl.where(valid[:, None], v, float("-inf")), 0))
+    tl.store(partial_ptr, tl.sum(k_sum, 0))
+    tl.store(partial_ptr + chunks * D, tl.sum(v_sum, 0))
+    tl.store(partial_ptr + 2 * chunks * D, tl.min(least, 0))
+    tl.store(partial_ptr + 3 * chunks * D, tl.max(largest, 0))
 
 
 @_kernel
@@ -276,24 +285,32 @@ def kept_lists(
 
 
 @_kernel
-def schedule(counts_ptr, slots_ptr, rows_ptr, slots, q_blocks, ROWS: tl.constexpr):
-    """Rows of blocks of each slot, longest first, and the slots, heaviest first; grid (slots,); ROWS a power of two.
+def schedule(counts_ptr, slots_ptr, rows_ptr, slots, q_blocks, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Rows of blocks of each slot, longest first, and the slots, heaviest first; grid (chunks of TILE rows, slots).
 
-    counts int32 [slots, q_blocks], ROWS >= q_blocks -> slots int32 [slots], rows int32 [slots, q_blocks]. The rows of a
-    slot stay together, so that its keys and values stay in the L2 cache.
+    counts int32 [slots, q_blocks] -> slots int32 [slots], rows int32 [slots, q_blocks]. The rows of a slot stay
+    together, so that its keys and values stay in the L2 cache. ROWS is a power of two, at least q_blocks and TILE.
     """
-    own = tl.program_id(0)
-    row = tl.arange(0, ROWS)
+    own = tl.program_id(1)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = row < q_blocks
     counts = tl.load(counts_ptr + own * q_blocks + row, mask=there, other=-1)
-    rank = tl.zeros([ROWS], tl.int32)
-    for other in range(0, q_blocks):
-        count = tl.load(counts_ptr + own * q_blocks + other)
-        rank += ((count > counts) | ((count == counts) & (other < row))).to(tl.int32)
+    rank = tl.zeros([TILE], tl.int32)
+    for start in range(0, q_blocks, TILE):
+        other = start + tl.arange(0, TILE)
+        count = tl.load(counts_ptr + own * q_blocks + other, mask=other < q_blocks, other=-1)
+        before = (count[None, :] > counts[:, None]) | (
+            (count[None, :] == counts[:, None]) & (other[None, :] < row[:, None])
+        )
+        rank += tl.sum(before.to(tl.int32), 1)
     tl.store(rows_ptr + own * q_blocks + rank, row, mask=there)
-    total = tl.sum(tl.where(there, counts, 0), 0)
-    slot_rank = 0
-    for other in range(0, slots):
-        sum_of_other = tl.sum(tl.load(counts_ptr + other * q_blocks + row, mask=there, other=0), 0)
-        slot_rank += ((sum_of_other > total) | ((sum_of_other == total) & (other < own))).to(tl.int32)
-    tl.store(slots_ptr + slot_rank, own)
+
+    if tl.program_id(0) == 0:
+        every_row = tl.arange(0, ROWS)
+        exists = every_row < q_blocks
+        total = tl.sum(tl.load(counts_ptr + own * q_blocks + every_row, mask=exists, other=0), 0)
+        slot_rank = 0
+        for other in range(0, slots):
+            sum_of_other = tl.sum(tl.load(counts_ptr + other * q_blocks + every_row, mask=exists, other=0), 0)
+            slot_rank += ((sum_of_other > total) | ((sum_of_other == total) & (other < own))).to(tl.int32)
+        tl.store(slots_ptr + slot_rank, own)

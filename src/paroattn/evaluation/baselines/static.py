@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration.keep import check_density
+from paroattn.calibration.mask_table import MaskTable
 from paroattn.calibration.select import CalibrationStatistics, plan_from_masks
 from paroattn.evaluation.baselines.masks import keep_best
 from paroattn.grid import TokenGrid
@@ -80,7 +81,7 @@ def static_baseline(
     else:
         raise ValueError(f"baseline {name!r} is unknown; expected one of {', '.join(map(repr, STATIC_BASELINES))}")
     return plan_from_masks(
-        masks.reshape(*shape, *masks.shape[-2:]),
+        MaskTable.of(masks.reshape(*shape, *masks.shape[-2:])),
         model=statistics.model,
         grid=grid,
         order_names=order_names,

@@ -1,0 +1,60 @@
+"""The masks of a plan, packed one by one as they are chosen: a large model's would fill the memory as bools."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import pack_bits
+
+
+class MaskTable:
+    """Masks by step bucket, layer and head; all blocks where none was put. Equal ones are stored once.
+
+    Args:
+        shape: numbers of step buckets, layers, heads, q blocks and kv blocks.
+
+    Example:
+        >>> table = MaskTable((1, 1, 3, 2, 2))
+        >>> table.put((0, 0, 2), torch.eye(2, dtype=torch.bool))
+        >>> bits, index = table.packed()
+        >>> bits.shape, index
+        (torch.Size([2, 2, 1]), tensor([[[0, 0, 1]]], dtype=torch.int32))
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._index = torch.zeros(shape[:3], dtype=torch.int32)
+        self._numbers: dict[bytes, int] = {}
+        self._masks: list[Tensor] = []
+        self._number_of(torch.ones(shape[3:], dtype=torch.bool))
+
+    @classmethod
+    def of(cls, masks: Tensor) -> MaskTable:
+        """The table of bool masks [buckets, layers, heads, q blocks, kv blocks]."""
+        table = cls(tuple(masks.shape))
+        for place in torch.cartesian_prod(*(torch.arange(size) for size in masks.shape[:3])).tolist():
+            table.put(tuple(place), masks[tuple(place)])
+        return table
+
+    def put(self, place: tuple[int, ...], mask: Tensor) -> None:
+        """Use `mask`, bool [q blocks, kv blocks], for one step bucket, layer and head."""
+        self._index[place] = self._number_of(mask)
+
+    def keep_all(self, places: Tensor) -> None:
+        """Keep all blocks in these places, bool [buckets, layers]."""
+        self._index[places] = 0
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The masks in use, uint8 [masks, q blocks, bytes], and the index into them, int32 [buckets, layers, heads]."""
+        used, index = self._index.unique(return_inverse=True)
+        return torch.stack([self._masks[number] for number in used.tolist()]), index.to(torch.int32)
+
+    def _number_of(self, mask: Tensor) -> int:
+        bits = pack_bits(mask)
+        key = hashlib.sha256(bits.contiguous().numpy().data).digest()
+        if key not in self._numbers:
+            self._numbers[key] = len(self._masks)
+            self._masks.append(bits)
+        return self._numbers[key]

@@ -1,0 +1,109 @@
+"""What all commands share: options, errors in one line, examples in the help, the console."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from paroattn.models import BUNDLED, VIDEO
+
+DENSITIES = (0.5, 0.3, 0.2)
+
+
+class OneLineErrors(click.Group):
+    """Bad input ends with one line on stderr and exit code 2, without a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(2)
+        except click.Abort:
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+        except (click.ClickException, ValueError, OSError) as error:
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            sys.exit(2)
+
+
+def example_lines(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def new_console() -> Console:
+    """Files and pipes have no width, and rich would take 80 columns, too few for our tables."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def options(*decorators: Any) -> Any:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_options = options(
+    click.option(
+        "--model",
+        default=VIDEO,
+        show_default=True,
+        help="A bundled model's name (moving-digits, painted-digits), a diffusers pipeline folder, or a Hub name.",
+    ),
+    click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one."),
+    click.option("--height", type=int, help="Frame height in pixels; default: the model's."),
+    click.option("--width", type=int, help="Frame width in pixels; default: the model's."),
+    click.option("--frames", "num_frames", type=int, help="Number of frames; default: the model's."),
+    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps; default: the model's."),
+    click.option("--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."),
+)
+comparison_options = options(
+    click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101."),
+    click.option(
+        "--prompts",
+        "prompt_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File of prompts to evaluate on: one per line, or VBench's JSON list (prompt_en, dimension).",
+    ),
+    click.option("--pairs", "pair_count", type=click.IntRange(min=1), help="Only so many prompt/seed pairs."),
+    click.option(
+        "--calibration-prompt", "calibration_prompts", multiple=True, help="Prompt to calibrate on; repeatable."
+    ),
+    click.option(
+        "--density",
+        "densities",
+        multiple=True,
+        type=float,
+        default=DENSITIES,
+        show_default=True,
+        help="Densities to compare at; repeatable.",
+    ),
+    click.option("--clip-model", type=click.Path(path_type=Path), help="Folder of a CLIP model, for the CLIP score."),
+    click.option("--fvd-model", type=click.Path(path_type=Path), help="TorchScript file of an I3D network, for FVD."),
+)
+backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="HTML page to write; default: report.html in the output folder.",
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
+
+
+def load(model: str, device: str | None, **changes: Any) -> Any:
+    from diffusers.utils import logging as diffusers_logging
+
+    from paroattn.integrations.generation import load_model
+
+    if model in BUNDLED:  # is loaded at once
+        diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    return load_model(model, device=device, **changes)
