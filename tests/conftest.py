@@ -24,3 +24,11 @@ def every_backend(request):
         else:
             patch.setenv(cpu.CAPABILITY_VARIABLE, request.param)
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def report_inputs():
+    """What a report is made from, evaluated once for all its tests."""
+    import report_pages
+
+    return report_pages.report_inputs()

@@ -32,7 +32,7 @@ def test_calibrate_writes_a_plan_that_inspect_shows(plan_path):
     facts = json.loads(run("inspect", plan_path, "--json").output)
     assert facts["density"] == pytest.approx(0.4, abs=0.001)
     assert facts["calibration"]["prompts"] == [PROMPT]
-    assert len(facts["orders"]) == Plan.load(plan_path).model.layers
+    assert len(facts["layers"]) == Plan.load(plan_path).model.layers
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif"])
@@ -45,12 +45,17 @@ def test_generate_writes_a_video_with_the_plan(plan_path, tmp_path, suffix):
 
 
 def test_evaluate_compares_given_plans(plan_path, tmp_path):
-    result = run("evaluate", "--plan", plan_path, "--pairs", "1", "--output-dir", tmp_path / "out", "--json", *SMALL)
+    report = tmp_path / "pages" / "mine.html"
+    options = ("--output-dir", tmp_path / "out", "--report", report, "--json", *SMALL)
+    result = run("evaluate", "--plan", plan_path, "--pairs", "1", *options)
     assert result.exit_code == 0, result.output
     (record,) = json.loads(result.stdout)
     assert record["variant"] == "small"
     assert 5 < record["psnr"] < 100
-    assert (tmp_path / "out" / "report.html").exists()
+    assert record["attention"]["full_seconds"] > 0
+    assert len(record["heads"]["errors"][0]) == Plan.load(plan_path).model.layers
+    assert 'id="head-browser"' in report.read_text()
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_demo_prints_the_table_and_writes_the_report(tmp_path):
@@ -61,8 +66,8 @@ def test_demo_prints_the_table_and_writes_the_report(tmp_path):
     written = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert written == ["plans", "records.jsonl", "report.html"]
     html = (tmp_path / "demo" / "report.html").read_text()
-    assert "data:image/webp" in html
-    assert "data:image/png" in html
+    assert "data:video/mp4" in html
+    assert "paroattn 0.3 + INT8 computed 30.0% of the attention blocks" in html
     assert len(list((tmp_path / "demo" / "plans").iterdir())) == 5
 
 
@@ -82,6 +87,9 @@ def test_ablate_compares_methods_and_writes_a_record_each(tmp_path):
     assert paper["over_paper"] == 0
     assert by_place["ours", 0.5, "int4"]["psnr"] < by_place["ours", 1.0, "int8"]["psnr"]
     assert "over the paper" in result.output
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in chosen)
+    assert "Heads of ours 0.3 + int8" in page
 
 
 @pytest.mark.parametrize(

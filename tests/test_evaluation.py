@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import pytest
 import tiny
@@ -11,7 +10,6 @@ import torch
 from paroattn.evaluation.metrics import Closeness
 from paroattn.evaluation.pairs import FULL, Variant, VariantResult, evaluate_variants
 from paroattn.evaluation.records import evaluation_records, write_records
-from paroattn.evaluation.report import write_report
 from paroattn.integrations.clock import TransformerClock
 from paroattn.integrations.generation import GenerationSettings, GenerativeModel
 
@@ -87,13 +85,3 @@ def test_records_are_json_lines_with_every_pair(model, evaluation, tmp_path):
     assert lines[1]["psnr"] == pytest.approx(sum(pair["psnr"] for pair in lines[1]["pairs"]) / 2)
     assert lines[0]["density"] == 1
     assert {"machine", "threads", "versions", "commit"} <= set(lines[0])
-
-
-def test_the_report_is_one_file_that_loads_nothing(model, evaluation, tmp_path):
-    write_report(tmp_path / "report.html", model, evaluation)
-    html = (tmp_path / "report.html").read_text()
-    assert all(name in html for name in ("all blocks", "INT4", "“first”, seed 1", FULL))
-    assert f"{evaluation.results[1].mean('psnr'):.2f}" in html
-    assert set(re.findall(r'(?:src|href)="([a-z]+:[a-z]+/[a-z]+)', html)) == {"data:image/webp"}
-    assert not re.search(r"https?://", html)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -11,6 +11,7 @@ from paroattn.grid import TokenGrid
 
 BLOCK = 64
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
+_BITS_OF_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 
 
 def block_count(tokens: int, block: int) -> int:
@@ -29,6 +30,11 @@ def unpack_bits(bits: Tensor, length: int) -> Tensor:
     """Undo `pack_bits`: uint8 [..., ceil(length / 8)] into bool [..., length]."""
     values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(-1) & values).ne(0).flatten(-2)[..., :length]
+
+
+def count_bits(bits: Tensor) -> int:
+    """How many entries of a packed mask are True."""
+    return int(_BITS_OF_BYTE[bits.int()].sum())
 
 
 def visual_blocks(grid: TokenGrid, block_q: int = BLOCK, block_kv: int = BLOCK) -> tuple[slice, slice]:

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import click
-from rich.table import Table
 
 from paroattn.cli_bench import bench
 from paroattn.cli_options import (
@@ -23,6 +22,7 @@ from paroattn.cli_options import (
     load,
     model_options,
     new_console,
+    report_option,
     seed_option,
 )
 from paroattn.models import IMAGE
@@ -48,26 +48,29 @@ def main() -> None:
     help="Where report.html, records.jsonl and the plan are written.",
 )
 @click.option("--image", is_flag=True, help="With the bundled image model instead of the video model.")
+@report_option
 @model_options
 @backend_option
 @json_option
-def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arguments: Any) -> None:
+def demo(
+    output_dir: Path, image: bool, report: Path | None, as_json: bool, backend: str, **model_arguments: Any
+) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
-    Writes report.html with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
+    Writes a page with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
     """
     if image:
         model_arguments["model"] = IMAGE
     model = load(**model_arguments)
     calibration, pairs = _prompts(model, (), (), None, _DEMO_PAIRS)
-    variants, statistics = _paroattn_and_paper(model, calibration, pairs, DENSITIES, (0.3,), (0.3,), None)
-    _compare(model, variants, pairs, statistics, output_dir, as_json, backend=backend)
+    variants = _paroattn_and_paper(model, calibration, pairs, DENSITIES, (0.3,), (0.3,), None)
+    _compare(model, variants, pairs, output_dir, report, as_json, backend=backend)
 
 
 @main.command(
     epilog=example_lines(
         "paroattn evaluate --output-dir runs/full",
-        "paroattn evaluate --plan mine.safetensors --pairs 4",
+        "paroattn evaluate --plan mine.safetensors --pairs 4 --report mine.html",
         "paroattn evaluate --prompts prompts.txt --method paper --method ours --density 0.5 --precision int8",
         "paroattn evaluate --model folder --calibration-prompt 'a cat' --prompt 'a dog' --prompt 'a harbour'",
     ),
@@ -89,6 +92,7 @@ def demo(output_dir: Path, image: bool, as_json: bool, backend: str, **model_arg
     show_default=True,
     help="Where report.html, records.jsonl, plans, videos and the results of each pair are written.",
 )
+@report_option
 @model_options
 @backend_option
 @json_option
@@ -104,6 +108,7 @@ def evaluate(
     clip_model: Path | None,
     fvd_model: Path | None,
     output_dir: Path,
+    report: Path | None,
     as_json: bool,
     backend: str,
     **model_arguments: Any,
@@ -138,7 +143,7 @@ def evaluate(
     chosen |= {"densities": densities, "calibration prompts": calibration, "backend": backend}
     chosen |= {"clip model": str(clip_model), "fvd model": str(fvd_model)}
     store.configure({**_configuration(model, pairs), **chosen})
-    work_dir, statistics = output_dir / "calibration", None
+    work_dir = output_dir / "calibration"
     if plans:
         names = [path.stem for path in plans] if len({path.stem for path in plans}) == len(plans) else map(str, plans)
         variants = [Variant(name, plan) for name, plan in zip(names, loaded, strict=True)]
@@ -149,10 +154,10 @@ def evaluate(
         wanted = cases(measured, densities, **choice)
         variants = [Variant(case.name, case.plan, case.attach) for case in wanted]
     else:
-        variants, statistics = _paroattn_and_paper(model, calibration, pairs, densities, densities, (0.3,), work_dir)
+        variants = _paroattn_and_paper(model, calibration, pairs, densities, densities, (0.3,), work_dir)
     how = {"backend": backend, "store": store, "learned": learned}
     dimensions = {prompt.text: prompt.dimensions for prompt in read_prompts(prompt_file)} if prompt_file else {}
-    _compare(model, variants, pairs, statistics, output_dir, as_json, dimensions, **how)
+    _compare(model, variants, pairs, output_dir, report, as_json, dimensions, **how)
 
 
 @main.command(
@@ -168,8 +173,9 @@ def evaluate(
     type=click.Path(path_type=Path, file_okay=False),
     default="runs/ablate",
     show_default=True,
-    help="Where records.jsonl is written.",
+    help="Where report.html and records.jsonl are written.",
 )
+@report_option
 @model_options
 @backend_option
 @json_option
@@ -183,6 +189,7 @@ def ablate(
     clip_model: Path | None,
     fvd_model: Path | None,
     output_dir: Path,
+    report: Path | None,
     as_json: bool,
     backend: str,
     **model_arguments: Any,
@@ -196,6 +203,8 @@ def ablate(
     from paroattn.evaluation.learned_metrics import find_learned_metrics
     from paroattn.evaluation.pair_store import PairStore
     from paroattn.evaluation.records import write_records
+    from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.rows import Row
     from paroattn.evaluation.tables import ablation_table
 
     _check_methods(methods)
@@ -220,12 +229,16 @@ def ablate(
     for results in ablation.run(model, cases, pairs, store=store, learned=learned, progress=not as_json):
         records = ablation.ablation_records(model, results, pairs[: len(results[0].closeness)])
         write_records(records, output_dir / "records.jsonl")  # after each pair: an interrupted run leaves a table
+    report = report or output_dir / "report.html"
+    plans = {Row(record).name: case.plan for record, case in zip(records, cases, strict=True)}
+    write_report(report, records, plans=plans)
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
     console = new_console()
     console.print(ablation_table(records))
     console.print(f"records: {output_dir / 'records.jsonl'}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
 
 
 @main.command(
@@ -362,40 +375,41 @@ def generate(
     click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels")
 
 
-@main.command(epilog=example_lines("paroattn inspect plan.safetensors", "paroattn inspect plan.safetensors --json"))
+@main.command(
+    epilog=example_lines(
+        "paroattn inspect plan.safetensors",
+        "paroattn inspect plan.safetensors --html plan.html",
+        "paroattn inspect plan.safetensors --diff other.safetensors --json",
+    )
+)
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page to look into heads.")
+@click.option("--diff", "other", type=click.Path(path_type=Path), help="Compare with this plan instead.")
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
-    """Show what a plan file holds."""
+def inspect(path: Path, html: Path | None, other: Path | None, as_json: bool) -> None:
+    """Show what a plan file holds, or in what two plans differ."""
+    from paroattn.evaluation.inspection import plan_difference, plan_facts
+    from paroattn.evaluation.plan_tables import difference_tables, plan_tables
+
     plan = Plan.load(path)
-    facts = {
-        "model": f"{plan.model.class_name}, {plan.model.layers} layers of {plan.model.heads} heads, "
-        f"head_dim {plan.model.head_dim}",
-        "grid": str(plan.grid),
-        "density": round(plan.density(), 6),
-        "visual density": round(plan.density(visual_only=True), 6),
-        "precisions": [str(precision) for precision in plan.precisions],
-        "step buckets start at": list(plan.bucket_edges),
-        "masks": plan.mask_table.shape[0],
-        "blocks": f"{plan.block_q} x {plan.block_kv}",
-        "size in bytes": path.stat().st_size,
-        "calibration": dict(plan.provenance),
-    }
-    orders = [[plan.order_names[index] for index in layer] for layer in plan.order_index.tolist()]
-    densities = plan.densities().mean(0).tolist()
+    if other is None:
+        facts = {**plan_facts(plan), "size in bytes": path.stat().st_size}
+        tables = plan_tables(facts, path.name)
+    else:
+        facts = plan_difference(plan, Plan.load(other))
+        tables = difference_tables(facts, path.name, other.name)
+    if html is not None:
+        from paroattn.evaluation.report import write_plan_page
+
+        write_plan_page(html, plan, path.name)
     if as_json:
-        click.echo(json.dumps({**facts, "orders": orders, "head densities": densities}, indent=2))
+        click.echo(json.dumps(facts, indent=2))
         return
     console = new_console()
-    table = Table(show_header=False, title=str(path))
-    for name, value in facts.items():
-        shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-        table.add_row(name, shown)
-    console.print(table)
-    heads = Table("layer", *(f"head {head}" for head in range(plan.model.heads)), title="token order and density")
-    for number, (names, layer) in enumerate(zip(orders, densities, strict=True)):
-        heads.add_row(str(number), *(f"{name} {density:.3f}" for name, density in zip(names, layer, strict=True)))
-    console.print(heads)
+    for table in tables:
+        console.print(table)
+    if html is not None:
+        console.print(f"page: {html}", soft_wrap=True)
 
 
 main.add_command(bench)
@@ -484,8 +498,8 @@ def _paroattn_and_paper(
     paper_at: Sequence[float],
     int8_at: Sequence[float],
     work_dir: Path | None,
-) -> tuple[list[Any], Any]:
-    """Calibrate; the variants of both methods, and the statistics that the report shows."""
+) -> list[Any]:
+    """Calibrate; the variants of both methods."""
     from paroattn.evaluation.pairs import variants_of
     from paroattn.integrations.calibrate import collect_costs
     from paroattn.integrations.paper import collect_block_sums
@@ -494,17 +508,17 @@ def _paroattn_and_paper(
     arguments = [model.call_arguments(prompt) for prompt in calibration]
     common: dict[str, Any] = {"densities": sorted({*densities, *paper_at, *int8_at}), "prompt_texts": calibration}
     common["work_dir"] = work_dir
-    paper, original = collect_block_sums(model.pipe, arguments, fixed_orders=("FHW",), **common)
-    costs = collect_costs(model.pipe, arguments, block_sums=True, **common)
-    return variants_of(costs, paper, densities, paper_at, int8_at), (costs, original)
+    (paper,) = collect_block_sums(model.pipe, arguments, **common)
+    costs = collect_costs(model.pipe, arguments, **common)
+    return variants_of(costs, paper, densities, paper_at, int8_at)
 
 
 def _compare(
     model: Any,
     variants: Sequence[Any],
     pairs: Sequence[tuple[str, int]],
-    statistics: Any,
     output_dir: Path,
+    report: Path | None,
     as_json: bool,
     dimensions: Mapping[str, Sequence[str]] = MappingProxyType({}),
     **how: Any,
@@ -517,27 +531,36 @@ def _compare(
             name = re.sub(r"[^\w.+-]+", "-", variant.name.lower()).strip("-")
             variant.plan.save(output_dir / "plans" / f"{name}.safetensors")
     evaluation = evaluate_variants(model, variants, pairs, **how)
-    _finish(model, evaluation, statistics, output_dir, as_json, dimensions)
+    _finish(model, evaluation, output_dir, report, as_json, dimensions, how["backend"])
 
 
 def _finish(
     model: Any,
     evaluation: Any,
-    statistics: Any,
     output_dir: Path,
+    report: Path | None,
     as_json: bool,
     dimensions: Mapping[str, Sequence[str]],
+    backend: str,
 ) -> None:
-    """Write records and report, print the table."""
+    """Look into the heads, write records and report, print the table."""
+    from paroattn.evaluation.head_study import study_heads, study_records
     from paroattn.evaluation.records import evaluation_records, write_records
     from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.rows import headline, rows_of
     from paroattn.evaluation.tables import evaluation_table, missing_metrics
 
     records = evaluation_records(model, evaluation, dimensions)
-    write_records(records, output_dir / "records.jsonl")
-    shown = _with_plans(evaluation)
-    if shown.results:
-        write_report(output_dir / "report.html", model, shown, statistics)
+    write_records(records, output_dir / "records.jsonl")  # before what follows, so that an interruption leaves them
+    variants = [result.variant for result in evaluation.results]
+    plans = {variant.name: variant.plan for variant in variants if variant.plan is not None}
+    shown, study = headline(rows_of(records)).name, None
+    if shown in plans:
+        study = study_heads(model, plans, evaluation.pairs[0], shown=shown, backend=backend, progress=not as_json)
+        records = study_records(records, study)
+        write_records(records, output_dir / "records.jsonl")
+    report = report or output_dir / "report.html"
+    write_report(report, records, plans=plans, videos=evaluation.videos, study=study)
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
@@ -551,17 +574,4 @@ def _finish(
         if len(evaluation.pairs) > 1 and other is not None and other is not result:
             gain, error = result.gain_over(other)
             console.print(f"{name} over {other.variant.name}: {gain:+.2f} dB, standard error {error:.2f}")
-    if shown.results:
-        console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
-
-
-def _with_plans(evaluation: Any) -> Any:
-    """The part of an evaluation whose variants have plans, which the report shows."""
-    from dataclasses import replace
-
-    from paroattn.evaluation.pairs import FULL
-
-    results = [result for result in evaluation.results if result.variant.plan is not None]
-    names = {FULL, *(result.variant.name for result in results)}
-    videos = {name: own for name, own in evaluation.videos.items() if name in names}
-    return replace(evaluation, results=results, videos=videos)
+    console.print(f"report: {report}", soft_wrap=True)

@@ -90,6 +90,11 @@ comparison_options = options(
 )
 backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="HTML page to write; default: report.html in the output folder.",
+)
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -44,6 +45,15 @@ def webp_bytes(frames: Tensor, fps: int) -> bytes:
     buffer = io.BytesIO()
     _write_images(frames, buffer, fps, "webp")
     return buffer.getvalue()
+
+
+def mp4_bytes(frames: Tensor, fps: int) -> bytes:
+    """An H.264 video of frames [F, 3, H, W] in [0, 1] that browsers play; width and height must be even."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        settings = ["-crf", "20", "-movflags", "+faststart"]
+        imageio.imwrite(path, _pixels(frames), fps=fps, quality=None, macro_block_size=2, output_params=settings)
+        return path.read_bytes()
 
 
 def _pixels(frames: Tensor) -> np.ndarray:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paroattn.block_mask import block_count, pack_bits, text_blocks, unpack_bits
+from paroattn.block_mask import block_count, count_bits, pack_bits, text_blocks
 from paroattn.errors import PlanError
 from paroattn.files import write_atomically
 from paroattn.grid import TokenGrid
@@ -144,8 +144,9 @@ class Plan:
         counted = ~text if visual_only else torch.ones_like(text)
         if not bool(counted.any()):  # every block touches text, and those are all computed
             return torch.ones(self.mask_index.shape, dtype=torch.float64)
-        shares = [unpack_bits(mask, text.shape[1])[counted].double().mean() for mask in self.mask_table]
-        return torch.stack(shares)[self.mask_index.long()]
+        bits, blocks = pack_bits(counted), int(counted.sum())
+        shares = torch.tensor([count_bits(mask & bits) for mask in self.mask_table], dtype=torch.float64) / blocks
+        return shares[self.mask_index.long()]
 
     def density(self, *, visual_only: bool = False) -> float:
         """Mean of `densities` over heads and over the calls of layers in a schedule."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from paroattn.quantize import PQuantization, Precision
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
 P_QUANTIZATION = PQuantization(granularity="row")
 CAPABILITY_VARIABLE = "PAROATTN_CPU_CAPABILITY"
+_prologue_times: ContextVar[list[float] | None] = ContextVar("prologue_times", default=None)
 
 _missing = None
 try:
@@ -137,13 +140,29 @@ def cpu_attention(
     bool [B, N]; qk and pv are the formats of the heads, separated by commas.
     """
     output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
-    run_kernel(output, lse, query, key, value, permutation, mask_bits, block_shape, compensate, key_mask, qk, pv, scale)
+    _, prologue_seconds = run_kernel(
+        output, lse, query, key, value, permutation, mask_bits, block_shape, compensate, key_mask, qk, pv, scale
+    )
+    times = _prologue_times.get()
+    if times is not None:
+        times.append(prologue_seconds)
     return output, lse
 
 
 @cpu_attention.register_fake
 def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@contextmanager
+def prologue_times() -> Iterator[list[float]]:
+    """Collect the seconds until k and v were packed of every call inside the `with` block; empty for other backends."""
+    times: list[float] = []
+    token = _prologue_times.set(times)
+    try:
+        yield times
+    finally:
+        _prologue_times.reset(token)
 
 
 def run_kernel(
