@@ -3,13 +3,18 @@ PYTHON ?= python3
 CXX ?= g++
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize kernels
+.PHONY: demo test test-oldest lint sanitize kernels
 
 demo: .venv/installed
 	$(BIN)/paroattn demo
 
 test: lint
 	$(BIN)/pytest
+
+# What concerns diffusers, with the oldest version that is supported.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -k "not compil" tests/test_apply.py tests/test_models.py tests/test_schedule.py \
+		tests/test_requests.py tests/test_memory.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -34,4 +39,12 @@ kernels: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	grep -vE '^(accelerate|diffusers|huggingface_hub|peft|tokenizers|transformers)==' constraints.txt > .venv-oldest/constraints.txt
+	cat constraints-oldest.txt >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt . pytest hypothesis peft
 	touch $@

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from packaging.version import Version
 from torch import nn
 
 import paroattn
@@ -129,6 +130,8 @@ OFFLOADS = [
 @pytest.mark.parametrize(("offload", "device"), OFFLOADS)
 @pytest.mark.parametrize("first", ["offload", "apply"])
 def test_offloading_goes_together_with_a_plan(pipe, offload, device, first):
+    if offload is offload_groups and device.type == "cpu" and Version(diffusers.__version__) < Version("0.37"):
+        pytest.skip("diffusers 0.36 offloads groups to a GPU only")
     expected, plan = MODEL.latents(pipe), dense_plan(pipe)
     if first == "offload":
         offload(pipe, device)
