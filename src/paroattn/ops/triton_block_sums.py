@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(64)
-LOG2_E = tl.constexpr(1.4426950408889634)
+from paroattn.ops.triton_rows import BLOCK_KV, masked_logits
 
 
 @triton.jit
@@ -16,22 +15,15 @@ def _rows(x_ptr, row, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _logits(q, k, valid, scale):
-    """Logits [64, 64] in powers of two, -inf in columns that are not valid."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-    return tl.where(valid[None, :], s, float("-inf"))
-
-
-@triton.jit
 def row_lse(q_ptr, k_ptr, lse_ptr, scale, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Log2 of the sum of 2^logit of 64 rows; grid (q blocks,); lse float32 [N]."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK_KV + tl.arange(0, BLOCK_KV)
     q = _rows(q_ptr, row, tokens, HEAD_DIM, D)
-    maximum = tl.full([BLOCK], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, tokens, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        s = _logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
+    maximum = tl.full([BLOCK_KV], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_KV], tl.float32)
+    for start in range(0, tokens, BLOCK_KV):
+        column = start + tl.arange(0, BLOCK_KV)
+        s = masked_logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         total = total * tl.math.exp2(maximum - new_maximum) + tl.sum(tl.math.exp2(s - new_maximum[:, None]), 1)
         maximum = new_maximum
@@ -48,12 +40,12 @@ def block_sums(q_ptr, k_ptr, lse_ptr, sums_ptr, scale, tokens, blocks, HEAD_DIM:
     q_ptr += order * tokens * HEAD_DIM
     k_ptr += order * tokens * HEAD_DIM
     sums_ptr += (order * blocks + block) * blocks
-    row = block * BLOCK + tl.arange(0, BLOCK)
+    row = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
     q = _rows(q_ptr, row, tokens, HEAD_DIM, D)
     # Rows beyond the sequence add nothing.
     lse = tl.load(lse_ptr + order * tokens + row, mask=row < tokens, other=float("inf"))
     for number in range(0, blocks):
-        column = number * BLOCK + tl.arange(0, BLOCK)
-        s = _logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
+        column = number * BLOCK_KV + tl.arange(0, BLOCK_KV)
+        s = masked_logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
         p = tl.math.exp2(s - lse[:, None])
         tl.store(sums_ptr + number, tl.sum(p))

@@ -88,8 +88,8 @@ def skip_costs(
     at_once = max(1, _MOST_ENTRIES // (block_count(q.shape[1], BLOCK) * rows))
     found: list[SkipCosts] = []
     with on_device_of(q):
-        for heads in torch.arange(len(q)).split(at_once):
-            own = slice(int(heads[0]), int(heads[-1]) + 1)
+        for first in range(0, len(q), at_once):
+            own = slice(first, first + at_once)
             index = torch.stack(list(orders[own])).to(q.device, torch.int64)
             found += _skip_costs(q[own], k[own], v[own], index, scale, required, block_q, q_blocks, levels)
     return found
@@ -130,17 +130,16 @@ def _skip_costs(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    sizes = (scale, tokens, rows)
     constants = {"D": width, **skip_cost_options(target_here(device), width)}
     lse, output = new(heads, tiles * BLOCK), new(heads, tiles * BLOCK, width)
-    kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, *sizes, **constants)
+    kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, scale, tokens, rows, **constants)
 
     surrogate = torch.zeros(heads, columns, tiles * BLOCK, device=device)
     surrogate[..., :rows] = torch.exp2(logits.div_(math.log(2)) - lse[:, None, :rows])
     of_heads = (q, k, v, lse, output, surrogate, mean_v)
 
     sums, costs = new(heads, tiles, columns), new(heads, tiles, 2, columns)
-    kernels.block_costs[(tiles, heads)](*of_heads, sums, costs, *sizes, **constants)
+    kernels.block_costs[(tiles, heads)](*of_heads, sums, costs, scale, tokens, **constants)
     sums, costs = (x.unflatten(1, (-1, per_block)).sum(2) for x in (sums, costs))
     costs = costs.permute(2, 0, 1, 3)  # [2, heads, q blocks, kv blocks]
 
@@ -154,7 +153,7 @@ def _skip_costs(
     everything = (surrogate.mT @ mean_v, surrogate.sum(1))
     ends = kept[..., -1].int()
     kernels.kept_errors[(tiles, heads, 2)](
-        *of_heads, *everything, lists, ends, wanted, errors, *sizes, per_block, **constants
+        *of_heads, *everything, lists, ends, wanted, errors, scale, tokens, rows, per_block, **constants
     )
     errors = errors.gather(-1, last.repeat_interleave(per_block, 2)).sum(2, dtype=torch.float64)
     norms = output.square().sum((1, 2)).tolist()

@@ -9,13 +9,12 @@ compensated. Packed keys and values come from `triton_prologue`; docs/gpu.md has
 import triton
 import triton.language as tl
 
-from paroattn.ops.triton_rows import stored_token, to_int8
+from paroattn.ops.triton_rows import BLOCK_KV, stored_token, to_int8
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)  # the maximum before any block; not -inf, whose differences are NaN
 LEAST_INT = tl.constexpr(-(2**31))
 RANGE = tl.constexpr(60.0)  # how far, as a power of two, a step's unit may lie below the largest logit so far
-BLOCK_KV = tl.constexpr(64)
 
 
 @triton.jit

@@ -11,11 +11,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from paroattn.ops.triton_rows import FP8_MAX, INT8_MAX, TINY, load_rows, quantize_tile, stored_token, to_int8
-
-BLOCK_KV = tl.constexpr(64)
-LOG2_E = tl.constexpr(1.4426950408889634)
-
+from paroattn.ops.triton_rows import (
+    BLOCK_KV,
+    FP8_MAX,
+    INT8_MAX,
+    LOG2_E,
+    TINY,
+    load_rows,
+    quantize_tile,
+    stored_token,
+    to_int8,
+)
 
 _SIZES = {
     "tokens",

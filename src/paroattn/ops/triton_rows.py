@@ -1,8 +1,10 @@
-"""Device functions that the Triton kernels share: rows of q, k, v in a head's order, and rounding."""
+"""Device functions that the Triton kernels share: rows of q, k, v in a head's order, logits, and rounding."""
 
 import triton
 import triton.language as tl
 
+BLOCK_KV = tl.constexpr(64)
+LOG2_E = tl.constexpr(1.4426950408889634)
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)  # of e4m3
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: no scale is zero
@@ -55,6 +57,13 @@ def load_rows(
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
         x = x * cos + other * sin * sign[None, :]
     return x
+
+
+@triton.jit
+def masked_logits(q, k, valid, scale):
+    """Logits of queries and keys [64, D] in powers of two, -inf in columns that are not valid."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+    return tl.where(valid[None, :], s, float("-inf"))
 
 
 @triton.jit

@@ -8,23 +8,21 @@ order, with zeros after their ends. Rows that do not exist have lse = inf, so th
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(64)
-LOG2_E = tl.constexpr(1.4426950408889634)
+from paroattn.ops.triton_rows import BLOCK_KV, masked_logits
 
 
 @triton.jit
 def _tile(x_ptr, block, D: tl.constexpr):
     """64 rows of x [..., D]."""
-    row = block * BLOCK + tl.arange(0, BLOCK)
+    row = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
     return tl.load(x_ptr + row[:, None] * D + tl.arange(0, D)[None, :])
 
 
 @triton.jit
 def _logits(q, k_ptr, block, tokens, scale, D: tl.constexpr):
     """Logits [64, 64] of a kv block in powers of two, -inf beyond the sequence."""
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    s = tl.dot(q, tl.trans(_tile(k_ptr, block, D)), input_precision="ieee") * (scale * LOG2_E)
-    return tl.where((column < tokens)[None, :], s, float("-inf"))
+    column = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    return masked_logits(q, _tile(k_ptr, block, D), column < tokens, scale)
 
 
 @triton.jit
@@ -42,8 +40,8 @@ def _part(p, v_ptr, block, D: tl.constexpr):
 @triton.jit
 def _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D: tl.constexpr):
     """Pointers to the program's head in each."""
-    head, padded = tl.program_id(1).to(tl.int64), tl.num_programs(0) * BLOCK
-    kv_padded = tl.cdiv(tokens, BLOCK) * BLOCK
+    head, padded = tl.program_id(1).to(tl.int64), tl.num_programs(0) * BLOCK_KV
+    kv_padded = tl.cdiv(tokens, BLOCK_KV) * BLOCK_KV
     return (
         q_ptr + head * padded * D,
         k_ptr + head * kv_padded * D,
@@ -60,12 +58,12 @@ def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D
     lse float32 [heads, tiles * 64], output float32 [heads, tiles * 64, D].
     """
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK_KV + tl.arange(0, BLOCK_KV)
     q = _tile(q_ptr, tl.program_id(0), D)
-    maximum = tl.full([BLOCK], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, D], tl.float32)
-    for block in range(0, tl.cdiv(tokens, BLOCK)):
+    maximum = tl.full([BLOCK_KV], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_KV], tl.float32)
+    acc = tl.zeros([BLOCK_KV, D], tl.float32)
+    for block in range(0, tl.cdiv(tokens, BLOCK_KV)):
         s = _logits(q, k_ptr, block, tokens, scale, D)
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         p = tl.math.exp2(s - new_maximum[:, None])
@@ -81,20 +79,20 @@ def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D
 
 @triton.jit
 def block_costs(
-    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, sums_ptr, costs_ptr, scale, tokens, rows,
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, sums_ptr, costs_ptr, scale, tokens,
     D: tl.constexpr,
 ):  # fmt: skip
     """Sums of P and costs of skipping each kv block; grid (tiles, heads).
 
     surrogate float32 [heads, kv blocks, tiles * 64], mean_v float32 [heads, kv blocks, D]; sums float32 [heads, tiles,
-    kv blocks], costs [2, heads, tiles, kv blocks].
+    kv blocks], costs [heads, tiles, 2 ways, kv blocks].
     """
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
     tile, tiles, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(tokens, BLOCK)
-    surrogate_ptr += head * blocks * tiles * BLOCK
+    blocks = tl.cdiv(tokens, BLOCK_KV)
+    surrogate_ptr += head * blocks * tiles * BLOCK_KV
     mean_v_ptr += head * blocks * D
-    row, channel = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    row, channel = tile * BLOCK_KV + tl.arange(0, BLOCK_KV), tl.arange(0, D)
     q = _tile(q_ptr, tl.program_id(0), D)
     lse = tl.load(lse_ptr + row)
     output = tl.load(output_ptr + row[:, None] * D + channel[None, :])
@@ -104,7 +102,7 @@ def block_costs(
         p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
         share = tl.sum(p, 1)
         change = _part(p, v_ptr, block, D) - share[:, None] * output
-        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK) + row)
+        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row)
         mean_v = tl.load(mean_v_ptr + block * D + channel)
         residual = change - surrogate[:, None] * (mean_v[None, :] - output)
         tl.store(sums_ptr + block, tl.sum(p))
@@ -127,17 +125,17 @@ def kept_errors(
     """
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
     tile, tiles, head, way = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    blocks = tl.cdiv(tokens, BLOCK)
-    surrogate_ptr += head * blocks * tiles * BLOCK
+    blocks = tl.cdiv(tokens, BLOCK_KV)
+    surrogate_ptr += head * blocks * tiles * BLOCK_KV
     mean_v_ptr += head * blocks * D
-    row, channel = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    row, channel = tile * BLOCK_KV + tl.arange(0, BLOCK_KV), tl.arange(0, D)
     q = _tile(q_ptr, tl.program_id(0), D)
     lse = tl.load(lse_ptr + row)
     at = row[:, None] * D + channel[None, :]
     output = tl.load(output_ptr + at)
     approximated = (way == 1).to(tl.float32)
-    acc = tl.load(start_ptr + head * tiles * BLOCK * D + at) * approximated
-    total = tl.load(taken_ptr + head * tiles * BLOCK + row) * approximated
+    acc = tl.load(start_ptr + head * tiles * BLOCK_KV * D + at) * approximated
+    total = tl.load(taken_ptr + head * tiles * BLOCK_KV + row) * approximated
     way_and_head = way * tl.num_programs(1) + head
     list_row = way_and_head * (tiles // tiles_per_block) + tile // tiles_per_block
     end = tl.load(ends_ptr + list_row)
@@ -146,7 +144,7 @@ def kept_errors(
     for number in range(0, end):
         block = tl.load(lists_ptr + list_row + number)
         p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
-        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK) + row) * approximated
+        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row) * approximated
         mean_v = tl.load(mean_v_ptr + block * D + channel)
         part = _part(p, v_ptr, block, D)
         acc += part - surrogate[:, None] * mean_v[None, :]
