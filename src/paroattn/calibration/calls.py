@@ -58,6 +58,30 @@ class AttentionCall:
     key_mask: Tensor | None
     scale: float
 
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        step: int,
+        num_steps: int,
+        grid: TokenGrid,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float | None,
+    ) -> AttentionCall | None:
+        """The call that an intercept got; None where it is no self-attention over the grid's box and some text.
+
+        Args: as the attributes; grid with any number of text tokens, scale None for 1 / sqrt(D).
+        """
+        text = query.shape[1] - grid.visual_tokens
+        if key.shape[1] != query.shape[1] or text < 0:
+            return None
+        query, key, value = query.detach(), key.detach(), value.detach()
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return cls(layer, step, num_steps, replace(grid, text_tokens=text), query, key, value, key_mask, scale)
+
     @property
     def heads(self) -> int:
         return self.query.shape[2]

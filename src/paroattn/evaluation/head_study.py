@@ -7,9 +7,8 @@ attention alone takes with and without it. Nothing here runs while an evaluation
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +18,12 @@ from tqdm.auto import tqdm
 
 from paroattn.block_mask import block_count
 from paroattn.calibration.calls import AttentionCall, order_of
-from paroattn.calibration.statistics import block_areas, block_sums
+from paroattn.calibration.statistics import block_areas
 from paroattn.evaluation.pairs import Pair
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment
+from paroattn.integrations.calibration_run import calibration_kernels
+from paroattn.integrations.clock import now
 from paroattn.integrations.descriptors import identify
 from paroattn.integrations.generation import GenerativeModel
 from paroattn.integrations.operators import Operators, PlannedLayer, Request
@@ -233,7 +234,7 @@ class _Maps:
         plan, bucket = self._plan, self._plan.bucket_of(call.step, call.num_steps)
         if call.step and plan.bucket_of(call.step - 1, call.num_steps) == bucket:
             return  # the first step stands for its bucket
-        side = self._sums.shape[-1]
+        side, block_sums = self._sums.shape[-1], calibration_kernels(call.query.device).block_sums
         for sample in call.samples():
             uniform = block_areas(sample.grid.tokens) / sample.grid.tokens
             for head, index in enumerate(plan.order_index[call.layer].tolist()):
@@ -270,19 +271,14 @@ class _Layer:
         dense: Callable[[], Tensor],
     ) -> Tensor:
         reference, seconds = _timed(dense, query.device)
-        if self.grid is None or key.shape[1] != query.shape[1]:
+        if self.grid is None:
             return reference
-        call = AttentionCall(
-            layer=self._number,
-            step=self.schedule.step,
-            num_steps=self.schedule.num_steps,
-            grid=replace(self.grid, text_tokens=query.shape[1] - self.grid.visual_tokens),
-            query=query,
-            key=key,
-            value=value,
-            key_mask=key_mask,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        schedule = self.schedule
+        call = AttentionCall.of(
+            self._number, schedule.step, schedule.num_steps, self.grid, query, key, value, key_mask, scale
         )
+        if call is None:
+            return reference
         for look in self._looks:
             look.compare(call, reference, seconds, {"key_mask": key_mask, "scale": scale, "dense": dense})
         self._maps.add(call)
@@ -290,11 +286,6 @@ class _Layer:
 
 
 def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
+    start = now(device)
     result = call()
-    return result, now() - start
+    return result, now(device) - start

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from paroattn.evaluation.rounds import interleaved, median_and_spread, paired_ra
 from paroattn.evaluation.subjects import Subject
 from paroattn.integrations.apply import apply
 from paroattn.integrations.attach import Attachment
+from paroattn.integrations.clock import now
 from paroattn.integrations.descriptors import attention_modules, identify, transformers_of
 from paroattn.ops.prepared import choose_for_layer
 from paroattn.plan import Plan
@@ -232,15 +231,11 @@ def _compile_blocks(twin: Subject) -> None:
 
 def _seconds(twin: Subject) -> Callable[[], float]:
     """Runs a step and returns its seconds, on a GPU from idle to idle: with the host's part, as users have it."""
-    on_gpu = twin.device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else contextlib.nullcontext
 
     def timed() -> float:
-        wait()
-        start = time.perf_counter()
+        start = now(twin.device)
         twin.step()
-        wait()
-        return time.perf_counter() - start
+        return now(twin.device) - start
 
     return timed
 

@@ -259,20 +259,11 @@ class _Watcher:
         scale: float | None,
         dense: Callable[[], Tensor],
     ) -> Tensor:
-        text = query.shape[1] - self._run.grid.visual_tokens
-        if key.shape[1] == query.shape[1] and text >= 0:
-            self._run.called(self.schedule.step, self._layer)
-            self._take(
-                AttentionCall(
-                    layer=self._layer,
-                    step=self.schedule.step,
-                    num_steps=self.schedule.num_steps,
-                    grid=replace(self._run.grid, text_tokens=text),
-                    query=query.detach(),
-                    key=key.detach(),
-                    value=value.detach(),
-                    key_mask=key_mask,
-                    scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                )
-            )
+        schedule = self.schedule
+        call = AttentionCall.of(
+            self._layer, schedule.step, schedule.num_steps, self._run.grid, query, key, value, key_mask, scale
+        )
+        if call is not None:
+            self._run.called(call.step, call.layer)
+            self._take(call)
         return dense()

@@ -10,6 +10,13 @@ import torch
 from torch import nn
 
 
+def now(device: torch.device) -> float:
+    """Seconds of the host's clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class TransformerClock:
     """Adds up the time of calls of one or more modules, inside a `with` block.
 
@@ -50,6 +57,5 @@ class TransformerClock:
         self.seconds += self._now() - self._start
 
     def _now(self) -> float:
-        if any(parameter.is_cuda for module in self._modules for parameter in module.parameters()):
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        devices = (parameter.device for module in self._modules for parameter in module.parameters())
+        return now(next((device for device in devices if device.type == "cuda"), torch.device("cpu")))
