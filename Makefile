@@ -44,7 +44,7 @@ kernels: .venv/installed
 .venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	grep -vE '^(accelerate|diffusers|huggingface_hub|peft|tokenizers|transformers)==' constraints.txt > .venv-oldest/constraints.txt
+	sed -n 's/^\([^#=]*==\).*/^\1/p' constraints-oldest.txt | grep -vf - constraints.txt > .venv-oldest/constraints.txt
 	cat constraints-oldest.txt >> .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt . pytest hypothesis peft
 	touch $@
