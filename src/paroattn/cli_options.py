@@ -107,3 +107,32 @@ def load(model: str, device: str | None, **changes: Any) -> Any:
         diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     return load_model(model, device=device, **changes)
+
+
+def chosen_prompts(
+    model: Any,
+    calibration: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    pair_count: int | None,
+    need_calibration: bool = True,
+) -> tuple[list[str], list[tuple[str, int]]]:
+    """Prompts to calibrate on and pairs to evaluate, the bundled model's own where none are given."""
+    from paroattn.evaluation.prompt_files import read_prompts
+
+    if prompts and prompt_file is not None:
+        raise click.UsageError("both --prompt and --prompts; expected one of them")
+    if prompt_file is not None:
+        prompts = tuple(prompt.text for prompt in read_prompts(prompt_file))
+    examples = model.examples or {"calibration_prompts": [], "evaluation_pairs": []}
+    chosen = list(calibration) or examples["calibration_prompts"]
+    pairs = [(prompt, 101 + number) for number, prompt in enumerate(prompts)]
+    pairs = pairs or [(prompt, seed) for prompt, seed in examples["evaluation_pairs"]]
+    if need_calibration and not chosen:
+        raise click.UsageError(
+            "this model brings no prompts to calibrate on; give one or two (evaluate: --calibration-prompt, calibrate: "
+            "--prompt)"
+        )
+    if not pairs:
+        raise click.UsageError("this model brings no prompts to evaluate on; give them with --prompt or --prompts")
+    return chosen, pairs[:pair_count]

@@ -1,8 +1,9 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, and naming them."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,3 +25,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_name(name: str) -> str:
+    """A name of a variant as part of a file's name.
+
+    Example:
+        >>> plain_name("paroattn 0.3 + INT8")
+        'paroattn-0.3-+-int8'
+    """
+    return re.sub(r"[^\w.+-]+", "-", name.lower()).strip("-")

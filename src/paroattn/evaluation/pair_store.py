@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paroattn.files import write_atomically
+from paroattn.files import plain_name, write_atomically
 from paroattn.frames import save_frames
 
 _CONFIGURATION = "configuration.json"
@@ -100,9 +99,8 @@ class PairStore:
         """Write a contender's video, or image, to look at."""
         if self._folder is None or not self._videos:
             return
-        plain = re.sub(r"[^\w.+-]+", "-", name.lower()).strip("-")
         suffix = "png" if len(frames) == 1 else "mp4"
-        save_frames(frames, self._folder / _VIDEOS / f"{pair + 1:04d}-{plain}.{suffix}", self._fps)
+        save_frames(frames, self._folder / _VIDEOS / f"{pair + 1:04d}-{plain_name(name)}.{suffix}", self._fps)
 
     def _path(self, pair: int, contender: int, suffix: str) -> Path | None:
         return None if self._folder is None else self._folder / _PAIRS / f"{pair + 1:04d}-{contender:02d}.{suffix}"

@@ -1,0 +1,379 @@
+"""`paroattn demo`, `evaluate` and `ablate`: methods and plans compared with full attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import click
+
+from paroattn.cli_options import (
+    DENSITIES,
+    backend_option,
+    chosen_prompts,
+    comparison_options,
+    example_lines,
+    json_option,
+    load,
+    model_options,
+    new_console,
+    report_option,
+)
+from paroattn.files import plain_name
+from paroattn.models import IMAGE
+from paroattn.plan import Plan
+
+_DEMO_PAIRS = 2
+
+
+@click.command(
+    epilog=example_lines("paroattn demo", "paroattn demo --image --output-dir runs/image --steps 8"),
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="runs/demo",
+    show_default=True,
+    help="Where report.html, records.jsonl and the plan are written.",
+)
+@click.option("--image", is_flag=True, help="With the bundled image model instead of the video model.")
+@report_option
+@model_options
+@backend_option
+@json_option
+def demo(
+    output_dir: Path, image: bool, report: Path | None, as_json: bool, backend: str, **model_arguments: Any
+) -> None:
+    """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
+
+    Writes a page with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
+    """
+    if image:
+        model_arguments["model"] = IMAGE
+    model = load(**model_arguments)
+    calibration, pairs = chosen_prompts(model, (), (), None, _DEMO_PAIRS)
+    _check_pairs(model, pairs)
+    variants = _paroattn_and_paper(model, calibration, DENSITIES, (0.3,), (0.3,), None)
+    _compare(model, variants, pairs, output_dir, report, as_json, backend=backend)
+
+
+@click.command(
+    epilog=example_lines(
+        "paroattn evaluate --output-dir runs/full",
+        "paroattn evaluate --plan mine.safetensors --pairs 4 --report mine.html",
+        "paroattn evaluate --prompts prompts.txt --method paper --method ours --density 0.5 --precision int8",
+        "paroattn evaluate --model folder --calibration-prompt 'a cat' --prompt 'a dog' --prompt 'a harbour'",
+    ),
+)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Plan file to evaluate instead of calibrating; repeatable.",
+)
+@click.option("--method", "methods", multiple=True, help="Method to compare, as `ablate` names them; repeatable.")
+@click.option("--precision", "precisions", multiple=True, help="With --method paper or ours: also in this precision.")
+@comparison_options
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="runs/evaluate",
+    show_default=True,
+    help="Where report.html, records.jsonl, plans, videos and the results of each pair are written.",
+)
+@report_option
+@model_options
+@backend_option
+@json_option
+def evaluate(
+    plans: tuple[Path, ...],
+    methods: tuple[str, ...],
+    precisions: tuple[str, ...],
+    pair_count: int | None,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    calibration_prompts: tuple[str, ...],
+    densities: tuple[float, ...],
+    clip_model: Path | None,
+    fvd_model: Path | None,
+    output_dir: Path,
+    report: Path | None,
+    as_json: bool,
+    backend: str,
+    **model_arguments: Any,
+) -> None:
+    """Measure how close PARO attention stays to full attention, for methods x densities, or for given plans.
+
+    Without --method: paroattn's plans and the paper's, and paroattn's with INT8 at density 0.3. Every pair that is done
+    is kept in the output folder: after an interruption the same command goes on where it was.
+    """
+    from paroattn.evaluation.ablation import Measured, cases
+    from paroattn.evaluation.learned_metrics import find_learned_metrics
+    from paroattn.evaluation.pair_store import PairStore
+    from paroattn.evaluation.pairs import Variant
+    from paroattn.evaluation.prompt_files import read_prompts
+    from paroattn.quantize import Precision
+
+    if plans and methods:
+        raise click.UsageError("both --plan and --method; expected one of them")
+    if precisions and not methods:
+        raise click.UsageError(f"--precision is {precisions[0]}, which needs --method paper or ours")
+    _check_methods(methods)
+    densities = tuple(dict.fromkeys(densities))
+    _check_densities(densities)
+    for precision in precisions:
+        Precision.parse(precision)
+    learned = find_learned_metrics(clip_model, fvd_model)
+    loaded = [Plan.load(path) for path in plans]
+    model = load(**model_arguments)
+    calibration, pairs = chosen_prompts(model, calibration_prompts, prompts, prompt_file, pair_count, not plans)
+    _check_pairs(model, pairs)
+    store = PairStore(output_dir, fps=model.settings.fps, videos=True)
+    store.configure(
+        _configuration(
+            model,
+            pairs,
+            plans=[_digest(path) for path in plans],
+            methods=methods,
+            precisions=precisions,
+            densities=densities,
+            calibration_prompts=calibration,
+            backend=backend,
+            clip_model=str(clip_model),
+            fvd_model=str(fvd_model),
+        )
+    )
+    work_dir = output_dir / "calibration"
+    if plans:
+        names = [path.stem for path in plans] if len({path.stem for path in plans}) == len(plans) else map(str, plans)
+        variants = [Variant(name, plan) for name, plan in zip(names, loaded, strict=True)]
+    elif methods:
+        rows = [(density, precision) for density in densities for precision in precisions]
+        measured = Measured(model, calibration, densities, work_dir=work_dir)
+        choice: dict[str, Any] = {"methods": methods, "lowest": None, "precisions": rows, "backend": backend}
+        wanted = cases(measured, densities, **choice)
+        variants = [Variant(case.name, case.plan, case.attach) for case in wanted]
+    else:
+        variants = _paroattn_and_paper(model, calibration, densities, densities, (0.3,), work_dir)
+    how = {"backend": backend, "store": store, "learned": learned}
+    dimensions = {prompt.text: prompt.dimensions for prompt in read_prompts(prompt_file)} if prompt_file else {}
+    _compare(model, variants, pairs, output_dir, report, as_json, dimensions, **how)
+
+
+@click.command(
+    epilog=example_lines(
+        "paroattn ablate --output-dir runs/ablation",
+        "paroattn ablate --density 0.3 --pairs 2 --method paper --method ours",
+    ),
+)
+@comparison_options
+@click.option("--method", "methods", multiple=True, help="Only rows of this name; repeatable. Default: all.")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="runs/ablate",
+    show_default=True,
+    help="Where report.html and records.jsonl are written.",
+)
+@report_option
+@model_options
+@backend_option
+@json_option
+def ablate(
+    pair_count: int | None,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    calibration_prompts: tuple[str, ...],
+    densities: tuple[float, ...],
+    methods: tuple[str, ...],
+    clip_model: Path | None,
+    fvd_model: Path | None,
+    output_dir: Path,
+    report: Path | None,
+    as_json: bool,
+    backend: str,
+    **model_arguments: Any,
+) -> None:
+    """Compare methods, densities and precisions: the paper's, paroattn's part by part, and other mask rules.
+
+    Takes about an hour on two CPU cores for the bundled model. Every pair that is done is kept in the output folder:
+    after an interruption the same command goes on where it was.
+    """
+    from paroattn.evaluation import ablation
+    from paroattn.evaluation.learned_metrics import find_learned_metrics
+    from paroattn.evaluation.pair_store import PairStore
+    from paroattn.evaluation.records import write_records
+    from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.rows import Row
+    from paroattn.evaluation.tables import ablation_table
+
+    _check_methods(methods)
+    learned = find_learned_metrics(clip_model, fvd_model)
+    _check_densities(densities)
+    model = load(**model_arguments)
+    calibration, pairs = chosen_prompts(model, calibration_prompts, prompts, prompt_file, pair_count)
+    _check_pairs(model, pairs)
+    store = PairStore(output_dir)
+    store.configure(
+        _configuration(
+            model,
+            pairs,
+            methods=methods,
+            densities=densities,
+            calibration_prompts=calibration,
+            backend=backend,
+            clip_model=str(clip_model),
+            fvd_model=str(fvd_model),
+        )
+    )
+    work_dir = output_dir / "calibration"
+    measured = ablation.Measured(model, calibration, densities, work_dir=work_dir, progress=not as_json)
+    cases = ablation.cases(measured, densities, methods=methods, backend=backend, progress=not as_json)
+    records: list[dict[str, Any]] = []
+    for results in ablation.run(model, cases, pairs, store=store, learned=learned, progress=not as_json):
+        records = ablation.ablation_records(model, results, pairs[: len(results[0].closeness)])
+        write_records(records, output_dir / "records.jsonl")  # after each pair: an interrupted run leaves a table
+    report = report or output_dir / "report.html"
+    plans = {Row(record).name: case.plan for record, case in zip(records, cases, strict=True)}
+    write_report(report, records, plans=plans)
+    if as_json:
+        click.echo(json.dumps(records, indent=2))
+        return
+    console = new_console()
+    console.print(ablation_table(records))
+    console.print(f"records: {output_dir / 'records.jsonl'}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    from paroattn.evaluation.ablation import METHODS
+
+    for name in methods:
+        if name not in METHODS:
+            raise click.UsageError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
+
+
+def _check_densities(densities: Sequence[float]) -> None:
+    from paroattn.calibration.keep import check_density
+
+    for density in densities:
+        check_density(density)
+
+
+def _check_pairs(model: Any, pairs: Sequence[tuple[str, int]]) -> None:
+    """Find unknown words before minutes of calibration."""
+    for prompt, _ in pairs:
+        model.call_arguments(prompt)
+
+
+def _configuration(model: Any, pairs: Sequence[tuple[str, int]], **chosen: Any) -> dict[str, Any]:
+    """What results depend on, `chosen` by the command, to tell an evaluation from another in the same folder."""
+    from dataclasses import asdict
+
+    from paroattn import __version__
+    from paroattn.integrations.checkpoint import weights_fingerprint
+    from paroattn.integrations.descriptors import identify, transformers_of
+
+    return {
+        "paroattn": __version__,
+        "model": model.name,
+        "config": identify(model.pipe).config_hash,
+        "weights": weights_fingerprint(transformers_of(model.pipe)),
+        "settings": asdict(model.settings),
+        "pairs": pairs,
+        **{name.replace("_", " "): value for name, value in chosen.items()},
+    }
+
+
+def _digest(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _paroattn_and_paper(
+    model: Any,
+    calibration: Sequence[str],
+    densities: Sequence[float],
+    paper_at: Sequence[float],
+    int8_at: Sequence[float],
+    work_dir: Path | None,
+) -> list[Any]:
+    """Calibrate; the variants of both methods."""
+    from paroattn.evaluation.pairs import variants_of
+    from paroattn.integrations.calibrate import collect_costs
+    from paroattn.integrations.paper import collect_block_sums
+
+    arguments = [model.call_arguments(prompt) for prompt in calibration]
+    common: dict[str, Any] = {"densities": sorted({*densities, *paper_at, *int8_at}), "prompt_texts": calibration}
+    common["work_dir"] = work_dir
+    (paper,) = collect_block_sums(model.pipe, arguments, **common)
+    costs = collect_costs(model.pipe, arguments, **common)
+    return variants_of(costs, paper, densities, paper_at, int8_at)
+
+
+def _compare(
+    model: Any,
+    variants: Sequence[Any],
+    pairs: Sequence[tuple[str, int]],
+    output_dir: Path,
+    report: Path | None,
+    as_json: bool,
+    dimensions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    **how: Any,
+) -> None:
+    """Write the plans, evaluate, and write and print what was found."""
+    from paroattn.evaluation.pairs import evaluate_variants
+
+    for variant in variants:
+        if variant.plan is not None:
+            variant.plan.save(output_dir / "plans" / f"{plain_name(variant.name)}.safetensors")
+    evaluation = evaluate_variants(model, variants, pairs, **how)
+    _finish(model, evaluation, output_dir, report, as_json, dimensions, how["backend"])
+
+
+def _finish(
+    model: Any,
+    evaluation: Any,
+    output_dir: Path,
+    report: Path | None,
+    as_json: bool,
+    dimensions: Mapping[str, Sequence[str]],
+    backend: str,
+) -> None:
+    """Look into the heads, write records and report, print the table."""
+    from paroattn.evaluation.head_study import study_heads, study_records
+    from paroattn.evaluation.records import evaluation_records, write_records
+    from paroattn.evaluation.report import write_report
+    from paroattn.evaluation.rows import headline, rows_of
+    from paroattn.evaluation.tables import evaluation_table, missing_metrics
+
+    records = evaluation_records(model, evaluation, dimensions)
+    write_records(records, output_dir / "records.jsonl")  # before what follows, so that an interruption leaves them
+    variants = [result.variant for result in evaluation.results]
+    plans = {variant.name: variant.plan for variant in variants if variant.plan is not None}
+    shown, study = headline(rows_of(records)).name, None
+    if shown in plans:
+        study = study_heads(model, plans, evaluation.pairs[0], shown=shown, backend=backend, progress=not as_json)
+        records = study_records(records, study)
+        write_records(records, output_dir / "records.jsonl")
+    report = report or output_dir / "report.html"
+    write_report(report, records, plans=plans, videos=evaluation.videos, study=study)
+    if as_json:
+        click.echo(json.dumps(records, indent=2))
+        return
+    console = new_console()
+    console.print(evaluation_table(evaluation))
+    for line in missing_metrics(evaluation):
+        console.print(line, style="dim")
+    by_name = {result.variant.name: result for result in evaluation.results}
+    for name, result in by_name.items():
+        other = by_name.get(name.replace("paroattn", "paper"))
+        if len(evaluation.pairs) > 1 and other is not None and other is not result:
+            gain, error = result.gain_over(other)
+            console.print(f"{name} over {other.variant.name}: {gain:+.2f} dB, standard error {error:.2f}")
+    console.print(f"report: {report}", soft_wrap=True)
