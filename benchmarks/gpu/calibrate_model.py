@@ -8,7 +8,6 @@ Random weights make attention without structure: the plan is of no use, its maki
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,27 +19,17 @@ import torch
 import paroattn
 from paroattn.evaluation.presets import PRESETS
 from paroattn.evaluation.records import environment, write_records
+from paroattn.evaluation.subjects import random_subject
 from paroattn.integrations import calibrate as parts
+from paroattn.integrations.clock import now
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
-
-
-def random_transformer(config: dict[str, Any], layers: int) -> torch.nn.Module:
-    """The transformer of a preset with `layers` layers, made on the GPU."""
-    arguments = {name: value for name, value in config.items() if name != "_class_name"} | {"num_layers": layers}
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(DTYPE)
-        with torch.device(DEVICE):
-            return getattr(diffusers, config["_class_name"])(**arguments).eval()
-    finally:
-        torch.set_default_dtype(default)
 
 
 def pipeline(preset: str, layers: int) -> tuple[Any, dict[str, Any]]:
     """A pipeline without text encoder and VAE, and what to call it with: two passes per step, for guidance."""
     config, (frames, height, width) = dict(PRESETS[preset].config), PRESETS[preset].size
-    transformer = random_transformer(config, layers)
+    transformer = random_subject(preset, layers=layers, device=DEVICE, dtype=DTYPE).transformer
     common = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": transformer}
     size = {"num_frames": frames, "height": height, "width": width}
     if config["_class_name"] == "WanTransformer3DModel":
@@ -56,11 +45,9 @@ def pipeline(preset: str, layers: int) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now(DEVICE)
     yield
-    torch.cuda.synchronize()
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = now(DEVICE) - start
 
 
 def main() -> None:

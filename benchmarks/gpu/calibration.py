@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,16 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def dense(*heads: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(*(x.unsqueeze(0) for x in heads))
+
+
+def block_sums_of_heads(q: torch.Tensor, k: torch.Tensor, orders: list[torch.Tensor], scale: float) -> None:
+    for query, key in zip(q, k, strict=True):
+        triton_calibration.block_sums(query, key, orders, scale)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the records to this file")
@@ -51,23 +62,15 @@ def main() -> None:
         required = torch.zeros(blocks, blocks, dtype=torch.bool)
         tenth = torch.arange(0, blocks, 10)
 
-        def dense(q=q, k=k, v=v) -> None:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                scaled_dot_product_attention(*(x.unsqueeze(0) for x in (q, k, v)))
-
-        head = seconds(dense) / HEADS
+        head = seconds(partial(dense, q, k, v)) / HEADS
         given = (q, k, v, orders, scale, required)
         calls = {
-            "skip costs": lambda given=given: triton_calibration.skip_costs(*given),
-            "skip costs of a tenth of the rows": lambda given=given, tenth=tenth: triton_calibration.skip_costs(
-                *given, q_blocks=tenth
-            ),
-            "block sums in two orders": lambda given=given: [
-                triton_calibration.block_sums(q, k, given[3][:2], given[4]) for q, k in zip(*given[:2], strict=True)
-            ],
+            "skip costs": partial(triton_calibration.skip_costs, *given),
+            "skip costs of a tenth of the rows": partial(triton_calibration.skip_costs, *given, q_blocks=tenth),
+            "block sums in two orders": partial(block_sums_of_heads, q, k, orders[:2], scale),
         }
         if tokens < 20_000:
-            calls["skip costs in PyTorch"] = lambda given=given: skip_costs_of_heads(*given)
+            calls["skip costs in PyTorch"] = partial(skip_costs_of_heads, *given)
         for name, call in calls.items():
             torch.cuda.reset_peak_memory_stats()
             own = seconds(call) / HEADS

@@ -19,7 +19,7 @@ LEAST_MS_SSIM_SIDE = 176
 """MS-SSIM halves frames four times and then wants whole windows of 11 pixels: smaller ones have none."""
 
 CLOSENESS = ("psnr", "ssim", "ms_ssim", "cosine", "relative_l2", "latent_cosine", "latent_relative_l2")
-LOWER_IS_CLOSER = ("relative_l2", "latent_relative_l2", "lpips", "fvd")
+_LOWER_IS_CLOSER = ("l2", "lpips", "fvd", "error", "distance")  # words in the names of such metrics
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def summary(name: str, values: Sequence[float | None]) -> dict[str, float | None
     found = [value for value in values if value is not None]
     if len(found) < len(values) or not found:
         return dict.fromkeys((name, f"{name}_error", f"{name}_spread", f"{name}_worst"))
-    worst = max(found) if name in LOWER_IS_CLOSER else min(found)
+    worst = max(found) if lower_is_closer(name) else min(found)
     spread = statistics.stdev(found) if len(found) > 1 and all(map(math.isfinite, found)) else 0.0
     return {
         name: finite(statistics.fmean(found)),
@@ -113,6 +113,11 @@ def summary(name: str, values: Sequence[float | None]) -> dict[str, float | None
         f"{name}_spread": spread,
         f"{name}_worst": finite(worst),
     }
+
+
+def lower_is_closer(name: str) -> bool:
+    """Whether a lower figure of a metric is nearer to full attention."""
+    return any(word in name for word in _LOWER_IS_CLOSER)
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -17,8 +17,9 @@ from paroattn.evaluation.embedding import PAGE_BYTES
 from paroattn.evaluation.head_browser import browser_data
 from paroattn.evaluation.head_study import HeadStudy
 from paroattn.evaluation.inspection import head_densities, plan_facts
+from paroattn.evaluation.metrics import lower_is_closer
 from paroattn.evaluation.pairs import Pair
-from paroattn.evaluation.rows import Record, Row, headline, lower_is_closer, metric_label, rows_of
+from paroattn.evaluation.rows import Record, Row, headline, metric_label, rows_of
 from paroattn.files import write_atomically
 from paroattn.plan import Plan
 

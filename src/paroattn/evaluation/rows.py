@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from paroattn.errors import PlanError
+from paroattn.evaluation.metrics import lower_is_closer
 
 Record = Mapping[str, Any]
 _LABELS = {
@@ -24,7 +25,6 @@ _LABELS = {
     "clip_score_change": "CLIP score, change",
     "fvd": "FVD",
 }
-_LOWER_IS_CLOSER = ("l2", "lpips", "fvd", "error", "distance")
 _SPREADS = ("_spread", "_error", "_pairs")  # a name with one of these beside it in a record is a metric
 _OF_ALL_PAIRS = ("fvd",)  # metrics that have no figure per pair, and so no spread
 SHOWN_DENSITY = 0.3
@@ -33,10 +33,6 @@ SHOWN_DENSITY = 0.3
 def metric_label(name: str) -> str:
     """How a metric is called on the page; unknown ones keep the record's name."""
     return _LABELS.get(name, name.replace("_", " "))
-
-
-def lower_is_closer(name: str) -> bool:
-    return any(word in name for word in _LOWER_IS_CLOSER)
 
 
 @dataclass(frozen=True)
