@@ -122,8 +122,7 @@ def compile_forward(
         "ASM": config.asm,
         "NUM_STAGES": config.num_stages,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return compile_kernel(triton_forward.attention_forward, target, types, constants, **options)
+    return compile_kernel(triton_forward.attention_forward, target, types, constants, **config.options)
 
 
 def describe(compiled: Any, scores: float | None = None) -> Compiled:
@@ -261,9 +260,10 @@ def compiled_row(job: tuple[str, Any, dict[str, bool]]) -> tuple[str, list[str]]
 
 def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[str]]:
     if isinstance(what, Kind):
-        config = triton_configs.config(target, what)
+        config = triton_configs.config(target, what, compensated="compensate" in variant)
         report = forward_report(target, what, config, **variant)
         settings = f"{config.num_warps} warps, {config.num_stages} stages, width {config.width}"
+        settings += "" if config.registers is None else f", at most {config.registers} registers"
         name = f"{what.block_q:3d} x 64  {what.qk:>4}/{what.pv:<4}  {settings}"
         name += "".join(f", {key} {value}" for key, value in variant.items())
         wrong, head_dim = faults(target, what, report), what.head_dim

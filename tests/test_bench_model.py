@@ -258,7 +258,7 @@ def test_rounds_are_interleaved_and_the_first_does_not_count():
         (["--model", "no-such-model"], "model 'no-such-model' does not exist"),
         pytest.param(
             ["--device", "cuda"],
-            "device is 'cuda', but torch sees no GPU",
+            "--device is 'cuda', but torch sees no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
     ],

@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from paroattn.cli import main
+from paroattn.evaluation.ablation import PRECISIONS, precisions_of
 from paroattn.plan import Plan
 
 SMALL = ["--frames", "3", "--steps", "2", "--device", "cpu"]
@@ -143,6 +144,52 @@ def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
         result = run("inspect", tmp_path / name)
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "calibrate", "generate", "evaluate", "ablate"])
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "but torch sees no GPU; expected cpu"), ("tpu9", "expected cpu or cuda")]
+)
+def test_a_device_that_is_not_there_gets_one_line(command, device, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    needed = {"calibrate": ["--output", "x.safetensors"], "generate": ["--prompt", PROMPT, "--output", "x.mp4"]}
+    result = run(command, "--device", device, *needed.get(command, []))
+    assert result.exit_code == 2
+    assert f"--device is {device!r}" in result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") <= 3  # click's usage lines and ours
+
+
+@pytest.mark.parametrize(
+    ("options", "cuda", "name"),
+    [
+        ([], False, "moving-digits"),
+        ([], True, "moving-digits-large"),
+        (["--image"], False, "painted-digits"),
+        (["--image"], True, "painted-digits-large"),
+        (["--model", "tiny"], True, "moving-digits"),
+        (["--image", "--model", "large"], False, "painted-digits-large"),
+        (["--model", "some/model"], True, "some/model"),
+    ],
+)
+def test_demo_takes_the_bundled_model_that_suits_the_device(options, cuda, name, monkeypatch):
+    def load_model(source, **_):
+        raise ValueError(f"asked for {source}")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("paroattn.integrations.generation.load_model", load_model)
+    assert run("demo", *options).stderr == f"Error: asked for {name}\n"
+
+
+def test_demo_says_that_image_and_another_model_exclude_each_other():
+    result = run("demo", "--image", "--model", "moving-digits")
+    assert result.exit_code == 2
+    assert "--model is 'moving-digits' with --image; expected tiny, large" in result.stderr
+
+
+def test_ablation_leaves_out_precisions_that_the_backend_lacks():
+    assert {precision for _, precision in precisions_of("triton")} == {"int8", "int8/exact"}
+    assert precisions_of("auto") == precisions_of("cpu") == PRECISIONS
 
 
 @pytest.mark.parametrize("command", ["demo", "calibrate", "generate", "inspect", "evaluate", "ablate"])

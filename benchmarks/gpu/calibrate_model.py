@@ -95,8 +95,7 @@ def main() -> None:
         "costs_ms_per_head": 1000 * seconds["costs"] / heads,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "density": plan.density(),
-        "gpu": torch.cuda.get_device_name(),
-        **environment(),
+        **environment(torch.device("cuda")),
     }
     print(f"{preset}: {arguments.layers} layers, {arguments.steps} steps, plan of density {plan.density():.3f}")
     for name, value in seconds.items():

@@ -92,7 +92,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.output:
-        common = {"gpu": torch.cuda.get_device_name(), **environment()}
+        common = environment(torch.device("cuda"))
         write_records([{**record, **common} for record in records], arguments.output)
 
 

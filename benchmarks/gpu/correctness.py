@@ -247,7 +247,7 @@ def main() -> int:
         for record in pool.map(check, variants(arguments.quick)):
             take(record)
     if arguments.output:
-        common = {"gpu": torch.cuda.get_device_name(), **environment()}
+        common = environment(DEVICE)
         write_records([{**record, **common} for record in records], arguments.output)
     failed = sum(not record["passed"] for record in records)
     print(f"{torch.cuda.get_device_name()}: {len(records)} checks, {failed} failed")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from paroattn.cli_options import backend_option, example_lines, load, new_console, seed_option
+from paroattn.cli_options import backend_option, chosen_device, example_lines, load, new_console, seed_option
 from paroattn.models import VIDEO
 from paroattn.plan import Plan
 
@@ -156,9 +156,7 @@ def bench_model(
     for density in settings["densities"]:
         check_density(density)
     plan = Plan.load(plan_path) if plan_path else None
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError(f"device is {device!r}, but torch sees no GPU; expected cpu")
+    chosen = chosen_device(device)
     random_only = {"--layers": layers, "--text-tokens": text_tokens, "--batch": batch, "--dtype": dtype}
     try:
         if config is None:

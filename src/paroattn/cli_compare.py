@@ -13,8 +13,10 @@ import click
 from paroattn.cli_options import (
     DENSITIES,
     backend_option,
+    chosen_device,
     chosen_prompts,
     comparison_options,
+    demo_model_options,
     example_lines,
     json_option,
     load,
@@ -23,7 +25,7 @@ from paroattn.cli_options import (
     report_option,
 )
 from paroattn.files import plain_name
-from paroattn.models import IMAGE
+from paroattn.models import LARGE, TINY
 from paroattn.plan import Plan
 
 _DEMO_PAIRS = 2
@@ -39,25 +41,35 @@ _DEMO_PAIRS = 2
     show_default=True,
     help="Where report.html, records.jsonl and the plan are written.",
 )
-@click.option("--image", is_flag=True, help="With the bundled image model instead of the video model.")
+@click.option("--image", is_flag=True, help="With a bundled image model instead of a video model.")
 @report_option
-@model_options
+@demo_model_options
 @backend_option
 @json_option
 def demo(
-    output_dir: Path, image: bool, report: Path | None, as_json: bool, backend: str, **model_arguments: Any
+    output_dir: Path,
+    image: bool,
+    report: Path | None,
+    as_json: bool,
+    backend: str,
+    model: str | None,
+    device: str | None,
+    **settings: Any,
 ) -> None:
     """Calibrate on two prompts, generate two others with full and with sparse attention, and compare.
 
     Writes a page with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
     """
-    if image:
-        model_arguments["model"] = IMAGE
-    model = load(**model_arguments)
-    calibration, pairs = chosen_prompts(model, (), (), None, _DEMO_PAIRS)
-    _check_pairs(model, pairs)
-    variants = _paroattn_and_paper(model, calibration, DENSITIES, (0.3,), (0.3,), None)
-    _compare(model, variants, pairs, output_dir, report, as_json, backend=backend)
+    if image and model not in (None, TINY, LARGE):
+        raise click.UsageError(
+            f"--model is {model!r} with --image; expected {TINY}, {LARGE}, or one of the two options"
+        )
+    size = LARGE if chosen_device(device).type == "cuda" else TINY
+    loaded = load(model or size, device, image=image, **settings)
+    calibration, pairs = chosen_prompts(loaded, (), (), None, _DEMO_PAIRS)
+    _check_pairs(loaded, pairs)
+    variants = _paroattn_and_paper(loaded, calibration, DENSITIES, (0.3,), (0.3,), None)
+    _compare(loaded, variants, pairs, output_dir, report, as_json, backend=backend)
 
 
 @click.command(
@@ -231,8 +243,14 @@ def ablate(
         )
     )
     work_dir = output_dir / "calibration"
-    measured = ablation.Measured(model, calibration, densities, work_dir=work_dir, progress=not as_json)
-    cases = ablation.cases(measured, densities, methods=methods, backend=backend, progress=not as_json)
+    precisions = ablation.precisions_of(backend)
+    for density, precision in ablation.PRECISIONS:
+        if (density, precision) not in precisions:
+            click.echo(f"left out: {precision} at density {density:g}, which backend {backend!r} lacks", err=True)
+    int4 = any(precision == "int4" for _, precision in precisions)
+    measured = ablation.Measured(model, calibration, densities, work_dir=work_dir, int4=int4, progress=not as_json)
+    given: dict[str, Any] = {"precisions": precisions, "backend": backend, "progress": not as_json}
+    cases = ablation.cases(measured, densities, methods=methods, **given)
     records: list[dict[str, Any]] = []
     for results in ablation.run(model, cases, pairs, store=store, learned=learned, progress=not as_json):
         records = ablation.ablation_records(model, results, pairs[: len(results[0].closeness)])

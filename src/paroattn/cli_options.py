@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from paroattn.models import BUNDLED, VIDEO
+from paroattn.models import BUNDLED, LARGE, TINY, VIDEO, bundled_name
 
 DENSITIES = (0.5, 0.3, 0.2)
 
@@ -50,20 +50,27 @@ def options(*decorators: Any) -> Any:
     return decorate
 
 
-model_options = options(
-    click.option(
-        "--model",
-        default=VIDEO,
-        show_default=True,
-        help="A bundled model's name (moving-digits, painted-digits), a diffusers pipeline folder, or a Hub name.",
-    ),
-    click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one."),
-    click.option("--height", type=int, help="Frame height in pixels; default: the model's."),
-    click.option("--width", type=int, help="Frame width in pixels; default: the model's."),
-    click.option("--frames", "num_frames", type=int, help="Number of frames; default: the model's."),
-    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps; default: the model's."),
-    click.option("--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."),
-)
+def _model_options(default: str | None, shown: str) -> Any:
+    return options(
+        click.option(
+            "--model",
+            default=default,
+            help=f"A bundled model ({', '.join(BUNDLED)}; {TINY} and {LARGE} for short), a diffusers pipeline folder, "
+            f"or a Hub name. Default: {shown}.",
+        ),
+        click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one."),
+        click.option("--height", type=int, help="Frame height in pixels; default: the model's."),
+        click.option("--width", type=int, help="Frame width in pixels; default: the model's."),
+        click.option("--frames", "num_frames", type=int, help="Number of frames; default: the model's."),
+        click.option("--steps", "num_inference_steps", type=int, help="Denoising steps; default: the model's."),
+        click.option(
+            "--guidance", "guidance_scale", type=float, help="Guidance scale, 1 for none; default: the model's."
+        ),
+    )
+
+
+model_options = _model_options(VIDEO, VIDEO)
+demo_model_options = _model_options(None, f"{LARGE} on a GPU, else {TINY}")
 comparison_options = options(
     click.option("--prompt", "prompts", multiple=True, help="Prompt to evaluate on; repeatable, seeds count from 101."),
     click.option(
@@ -98,15 +105,31 @@ report_option = click.option(
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
 
 
-def load(model: str, device: str | None, **changes: Any) -> Any:
+def chosen_device(name: str | None) -> Any:
+    """The torch device of that name; by default cuda if there is one, else the CPU."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise click.UsageError(f"--device is {name!r}; expected cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError(f"--device is {name!r}, but torch sees no GPU; expected cpu")
+    return device
+
+
+def load(model: str, device: str | None, *, image: bool = False, **changes: Any) -> Any:
+    """The model; `TINY` and `LARGE` stand for the bundled video (image) model of that size."""
     from diffusers.utils import logging as diffusers_logging
 
     from paroattn.integrations.generation import load_model
 
+    if model in (TINY, LARGE):
+        model = bundled_name(model, image=image)
     if model in BUNDLED:  # is loaded at once
         diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
-    return load_model(model, device=device, **changes)
+    return load_model(model, device=str(chosen_device(device)), **changes)
 
 
 def chosen_prompts(

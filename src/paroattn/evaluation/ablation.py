@@ -30,12 +30,19 @@ from paroattn.integrations.apply import apply
 from paroattn.integrations.calibrate import collect_costs
 from paroattn.integrations.generation import GenerativeModel
 from paroattn.integrations.paper import collect_block_sums
+from paroattn.ops.backend import formats_of
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import Plan, bucket_of
 
 PAPER = "paper"
 OURS = "ours"
 PRECISIONS = ((1.0, "int8"), (1.0, "int8/exact"), (1.0, "int4"), (0.3, "int8"), (0.5, "int4"))
+
+
+def precisions_of(backend: str) -> tuple[tuple[float, str], ...]:
+    """Those of `PRECISIONS` that a backend computes."""
+    formats = formats_of(backend)
+    return tuple(row for row in PRECISIONS if {*row[1].split("/")} <= formats)
 
 
 class Measured:
@@ -46,6 +53,7 @@ class Measured:
         prompts: to calibrate on.
         densities: the least of them, checked before anything is measured, is the least that plans will have.
         work_dir: where finished generations of the calibrations are kept; None for nowhere.
+        int4: whether our plans may be in INT4: what it does to each head is measured, too.
         progress: show a progress bar on stderr.
     """
 
@@ -56,8 +64,10 @@ class Measured:
         densities: Sequence[float],
         *,
         work_dir: Path | None = None,
+        int4: bool = True,
         progress: bool = True,
     ):
+        self._int4 = int4
         self._pipe = model.pipe
         self._arguments = [model.call_arguments(prompt) for prompt in prompts]
         self._common: dict[str, Any] = {
@@ -85,7 +95,7 @@ class Measured:
     @cached_property
     def costs(self) -> CostStatistics:
         """Paroattn's own, over all axis and tiled orders."""
-        return collect_costs(self._pipe, self._arguments, int4=True, block_sums=True, **self._common)
+        return collect_costs(self._pipe, self._arguments, int4=self._int4, block_sums=True, **self._common)
 
     @cached_property
     def axis_costs(self) -> CostStatistics:
@@ -320,7 +330,7 @@ def ablation_records(
         "model": model.name,
         "settings": asdict(model.settings),
         "pairs": [list(pair) for pair in pairs],
-        **environment(),
+        **environment(model.pipe.device),
     }
     by_place = {(item.case.method, item.case.density, item.case.precision): item for item in results}
     records = []

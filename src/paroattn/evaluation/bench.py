@@ -138,10 +138,8 @@ def bench_attention(
         "block_q": block_q,
         "unequal": unequal,
         "rounds": rounds,
-        **environment(),
+        **environment(inputs.device),
     }
-    if inputs.device.type == "cuda":
-        common["gpu"] = torch.cuda.get_device_name(inputs.device)
     return [
         {
             **_record(contender, own, dense),

@@ -120,9 +120,8 @@ def bench_model(
             _compile_blocks(contender.twin)
     times = interleaved([_seconds(contender.twin) for contender in contenders], rounds, progress=progress)
     fastest = [min(own) for own in zip(*times[:dense_count], strict=True)]
-    common = {**_subject_facts(subject), "compiled": compiled, "rounds": rounds, **environment()}
-    if on_gpu:
-        common["gpu"] = torch.cuda.get_device_name(subject.device)
+    common = {**_subject_facts(subject), "compiled": compiled, "rounds": rounds}
+    common |= environment(subject.device)
     return [
         {
             **_contender_facts(contender, backend),

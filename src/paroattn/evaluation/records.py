@@ -38,7 +38,7 @@ def evaluation_records(
         "settings": asdict(model.settings),
         "missing": evaluation.missing,
     }
-    common |= environment()
+    common |= environment(model.pipe.device)
     return [{**_variant_record(result, evaluation, dimensions), **common} for result in evaluation.results]
 
 
@@ -94,9 +94,11 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Machine, threads, versions and commit; no host name."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Machine, threads, versions and commit, and the GPU if the device is one; no host name."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
     return {
+        **gpu,
         "machine": _processor(),
         "threads": torch.get_num_threads(),
         "versions": {

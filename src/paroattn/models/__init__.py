@@ -1,9 +1,16 @@
-"""The bundled small models and what belongs to them: weights, prompt vocabulary, pixel folding."""
+"""The bundled models and what belongs to them: weights, prompt vocabulary, pixel folding."""
 
 from pathlib import Path
 
 VIDEO, IMAGE = "moving-digits", "painted-digits"
-BUNDLED = (VIDEO, IMAGE)
+VIDEO_LARGE, IMAGE_LARGE = f"{VIDEO}-large", f"{IMAGE}-large"
+BUNDLED = (VIDEO, IMAGE, VIDEO_LARGE, IMAGE_LARGE)
+TINY, LARGE = "tiny", "large"  # for CPUs and for GPUs; short names on the command line
+
+
+def bundled_name(size: str, *, image: bool) -> str:
+    """The bundled model of a size, `TINY` or `LARGE`."""
+    return {TINY: (VIDEO, IMAGE), LARGE: (VIDEO_LARGE, IMAGE_LARGE)}[size][image]
 
 
 def folder_of(name: str) -> Path:

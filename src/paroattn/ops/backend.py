@@ -70,6 +70,13 @@ def backends() -> dict[str, str]:
     return {name: backend.unavailable() or backend.describe() for name, backend in _BACKENDS.items()}
 
 
+def formats_of(name: str) -> frozenset[str]:
+    """The number formats of a backend, or with "auto" of all of them; raises `ValueError` for an unknown name."""
+    if name == "auto":
+        return frozenset().union(*(backend.FORMATS for backend in _BACKENDS.values()))
+    return _named(name).FORMATS
+
+
 def choose_backend(
     name: str,
     precisions: Sequence[Precision],
@@ -84,14 +91,11 @@ def choose_backend(
         ValueError: unknown name, or the named backend does not do this.
     """
     if name != "auto":
-        if name not in _BACKENDS:
-            raise ValueError(
-                f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}"
-            )
+        backend = _named(name)
         reason = _refusal(name, precisions, device, dtype, block_shape)
         if reason:
             raise ValueError(reason)
-        return _BACKENDS[name]
+        return backend
     reasons: list[str] = []
     for candidate in _BACKENDS:
         reason = _refusal(candidate, precisions, device, dtype, block_shape)
@@ -101,6 +105,12 @@ def choose_backend(
             return _BACKENDS[candidate]
         reasons.append(reason)
     raise ValueError(reasons[-1])
+
+
+def _named(name: str) -> Backend:
+    if name not in _BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
+    return _BACKENDS[name]
 
 
 def _refusal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,7 @@ class Config:
         width: kept keys per step: 64, or 128 for two blocks at a time.
         swapped: keys are stored so that P becomes an 8-bit operand without moving between threads.
         asm: P is rounded to int8 by inline PTX.
+        registers: at most so many per thread, so that a multiprocessor holds one program more; NVIDIA only.
     """
 
     num_warps: int
@@ -52,6 +53,13 @@ class Config:
     width: int = 64
     swapped: bool = False
     asm: bool = False
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of Triton's compiler."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 OVERRIDES: dict[tuple[str, Kind], Config] = {}
@@ -70,28 +78,39 @@ def kinds(target: str) -> list[Kind]:
     ]
 
 
-def config(target: str, kind: Kind) -> Config:
-    """The entry of `OVERRIDES`, or else of the table."""
-    return OVERRIDES.get((target, kind)) or _table(target, kind)
+def config(target: str, kind: Kind, *, compensated: bool = False) -> Config:
+    """The entry of `OVERRIDES`, or else of the table; compensated is the variant with mean tokens."""
+    own = OVERRIDES.get((target, kind)) or _table(target, kind)
+    if compensated and kind.head_dim == 128:  # would spill
+        return replace(own, registers=None)
+    return own
 
 
 def _table(target: str, kind: Kind) -> Config:
     eight_bit = kind.pv != "16"
     swapped = eight_bit and target not in ("sm100", "gfx942")  # whose registers are laid out otherwise
     asm = kind.pv == "int8" and target != "gfx942"
-    if target == "sm90":  # chosen by measurements on an H100; the others' are compiled, not measured
-        warps = 8 if kind.head_dim == 128 and kind.block_q == 128 else 4
-        if kind.head_dim == 64 and kind.block_q == 128:
-            return Config(warps, 3, 128, swapped, asm)
-        if kind.qk == "int8" and eight_bit:
-            one = kind.pv == "fp8" and kind.head_dim == 128 and kind.block_q == 64
-            return Config(warps, 3, 64 if one else 128, swapped, asm)
-        if kind.head_dim == 64 and kind.qk == kind.pv:
-            return Config(warps, 2, 128, swapped, asm)
-        return Config(warps, 3, 64, swapped, asm)
+    if target == "sm90":
+        return _measured(kind, swapped, asm)
     # Four warps of 64 x 128 queries in 16 bits would spill where registers hold the operands.
     four = kind.block_q == 64 and (kind.head_dim == 64 or kind.qk == "int8" or target in ("sm100", "gfx942"))
     return Config(4 if four else 8, 2, swapped=swapped, asm=asm)
+
+
+def _measured(kind: Kind, swapped: bool, asm: bool) -> Config:
+    """The fastest on an H100; the other targets' are compiled, not measured."""
+    warps = 8 if kind.head_dim == 128 and kind.block_q == 128 else 4
+    both = kind.qk == "int8" and kind.pv != "16"
+    if kind.head_dim == 64 and kind.block_q == 128:
+        return Config(warps, 3, 128, swapped, asm)
+    if kind.head_dim == 64:
+        return Config(warps, 3, 128, swapped, asm, 128) if both else Config(warps, 2, 128, swapped, asm, 168)
+    if both:
+        one = kind.pv == "fp8" and kind.block_q == 64
+        return Config(warps, 4, 64, swapped, asm, 168) if one else Config(warps, 3, 128, swapped, asm)
+    if kind.qk == "16" and kind.pv != "16" and kind.block_q == 64:
+        return Config(warps, 2, 64, swapped, asm, 168)
+    return Config(warps, 3, 64, swapped, asm)
 
 
 def dense_block_q(target: str, head_dim: int, qk: str, pv: str, tokens: int) -> int:

@@ -132,7 +132,7 @@ class _Call:
         slots, packs = len(heads), self.batch * len(heads)
         head_numbers = _on_device(heads, self.query.device)
         kind = Kind(self.width, self.block_q, _width_of(qk), _width_of(pv))
-        chosen = config(self.target, kind)
+        chosen = config(self.target, kind, compensated=self.compensate is not None)
 
         k_mean = v_mean = v_scale = None
         if partial is not None:
@@ -253,8 +253,7 @@ class _Call:
             SWAPPED=chosen.swapped,
             ASM=chosen.asm and not INTERPRETED,
             NUM_STAGES=chosen.num_stages,
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
+            **chosen.options,
         )
         return None if visited is None else visited.view(self.batch, slots, self.q_blocks)
 

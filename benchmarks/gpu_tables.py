@@ -1,0 +1,140 @@
+"""Tables of the GPU kernels: speed, counters, trials, calibration, correctness."""
+
+from __future__ import annotations
+
+import re
+
+from record_tables import surroundings
+
+
+def gpu_attention_table(records: list[dict]) -> list[str]:
+    """Milliseconds, prologue and ratios to SDPA's kernels, a table per shape."""
+    lines: list[str] = []
+    shapes = list(dict.fromkeys((record["batch"], record["heads"], record["tokens"]) for record in records))
+    for shape in shapes:
+        own = [record for record in records if (record["batch"], record["heads"], record["tokens"]) == shape]
+        dense = list(own[0]["times_each"])
+        lines += [
+            f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:",
+            "",
+            "| | blocks | density | ms | prologue | TFLOP/s | "
+            + " | ".join(f"x {name.rpartition(' ')[0]}" for name in dense)
+            + " | matrix floor | exp2 floor |",
+            "|---|---|---|---|---|---|" + "---|" * (len(dense) + 2),
+        ]
+        for record in own:
+            floors = (record["matrix_floor_ms"], record["exp2_floor_ms"])
+            cells = (
+                f"{record['method']} {record['precision']}" + (", compensated" if record["compensate"] else ""),
+                "" if record["density"] == 1 else f"{record['block_q']} x 64",
+                f"{record['density']:g}",
+                f"{record['median_ms']:.2f}",
+                f"{record['prologue_ms']:.2f}" if "prologue_ms" in record else "",
+                f"{record['tflops']:.0f}",
+                *(f"{ratio:.2f}" for ratio in record["times_each"].values()),
+                *("" if floor is None else f"{floor:.2f}" for floor in floors),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    first = records[0]
+    return [
+        *lines,
+        f"Median of {first['rounds']} interleaved rounds in bfloat16, everything included; ratios are medians of the "
+        "rounds' ratios; the prologue is the GPU time of its kernels. "
+        f"{surroundings(first)}.",
+    ]
+
+
+def calibration_table(records: list[dict]) -> list[str]:
+    """Milliseconds per head by call and shape, and how many dense attentions of a head that is."""
+    shapes = list(dict.fromkeys((record["tokens"], record["head_dim"]) for record in records))
+    cells: dict[str, dict] = {}
+    for record in records:
+        cell = f"{record['median_ms']:.2f} ms ({record['over_dense']:.1f})"
+        cells.setdefault(record["call"], {})[record["tokens"], record["head_dim"]] = cell
+    lines = [
+        "| | " + " | ".join(f"{tokens:,} x {head_dim}" for tokens, head_dim in shapes) + " |",
+        "|---|" + "---|" * len(shapes),
+        *(f"| {call} | " + " | ".join(own.get(shape, "") for shape in shapes) + " |" for call, own in cells.items()),
+    ]
+    first = records[0]
+    return [
+        *lines,
+        "",
+        "Per head, tokens x head_dim, medians; in brackets over dense attention of a head by SDPA's flash kernel. "
+        f"{surroundings(first)}.",
+    ]
+
+
+def counters_table(records: list[dict]) -> list[str]:
+    """Nsight Compute's counters of the forward, a column per kernel."""
+    names = {
+        "duration_ms": "time (ms)",
+        "registers": "registers per thread",
+        "active_warps_per_scheduler": "warps per scheduler",
+        "issue_slots_busy": "issue slots busy (%)",
+        "no_eligible_warp": "cycles without an eligible warp (%)",
+        "xu_busy": "exponentials and conversions busy (%)",
+        "alu_busy": "ALU busy (%)",
+        "fma_busy": "FMA busy (%)",
+    }
+    heads = [f"{item['precision']}, D {item['head_dim']}, {item['block_q']} x 64" for item in records]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(records)]
+    lines += [
+        "| " + " | ".join((shown, *(f"{item[name]:.4g}" for item in records))) + " |" for name, shown in names.items()
+    ]
+    shapes = "; ".join(f"{item['heads']} heads of {item['tokens']:,} tokens" for item in records)
+    return [*lines, "", f"Density {records[0]['density']}; {shapes}. {surroundings(records[0])}."]
+
+
+def trials_table(records: list[dict]) -> list[str]:
+    """Milliseconds of the forward for the fastest of each kind of kernel at two densities."""
+    rows: dict[tuple, dict[str, list[float]]] = {}
+    for record in records:
+        work = f"{record['precision']}, {record['heads']} heads, {record['tokens']:,} x {record['head_dim']}"
+        row = rows.setdefault((work, _kind_of(record["kernel"])), {})
+        for density, milliseconds in record["forward_ms"].items():
+            row.setdefault(density, []).append(milliseconds)
+    works = list(dict.fromkeys(work for work, _ in rows))
+    lines = ["| | kernel | density 0.3 (ms) | dense (ms) |", "|---|---|---|---|"]
+    for work, kind in sorted(rows, key=lambda row: works.index(row[0])):
+        cells = rows[work, kind]
+        shown = (f"{min(cells[density]):.2f}" if density in cells else "" for density in ("0.3", "1"))
+        lines.append(f"| {work} | {kind} | " + " | ".join(shown) + " |")
+    return [*lines, "", f"The fastest setting of each, by density. {surroundings(records[0])}."]
+
+
+def _kind_of(kernel: str) -> str:
+    if kernel.startswith("gluon"):
+        return "Gluon"
+    if kernel == "triton sums":
+        return "Triton, row sums by dp4a"
+    if "at most" in kernel and kernel.startswith("triton width"):
+        return "Triton, registers limited"
+    return "Triton" + re.sub(r",? width.*| \(table\)", "", kernel.removeprefix("triton"))
+
+
+def correctness_table(records: list[dict]) -> list[str]:
+    """How many checks were made and passed, and the largest share of its limit that a check used."""
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        groups.setdefault(_subject(record["variant"]), []).append(record)
+    lines = ["| | checks | passed | largest error | share of the limit |", "|---|---|---|---|---|"]
+    for name, own in groups.items():
+        worst = max(own, key=lambda record: record["error"])
+        share = max(
+            record["error"] / record["limit"] if record["limit"] else float(record["error"] > 0) for record in own
+        )
+        passed = sum(record["passed"] for record in own)
+        lines.append(f"| {name} | {len(own)} | {passed} | {worst['error']:.1e} | {share:.2f} |")
+    first = records[0]
+    return [*lines, "", f"Errors are relative, in L2. {surroundings(first)}."]
+
+
+def _subject(variant: str) -> str:
+    """What a check is about: formats and head_dim of a forward, or the name of another call."""
+    match = re.match(r"(\S+) +D +(\d+)", variant)
+    if match is None:
+        return re.sub(r",.*| (interleaved|halves)$", "", variant)
+    tokens = int(variant.rpartition(" ")[2].replace(",", ""))
+    return f"forward, {match[1]}, {'lengths of models' if tokens > 10_000 else 'short'}"

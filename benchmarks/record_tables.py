@@ -1,0 +1,152 @@
+"""Tables of evaluations, ablations, whole models, and the operator on CPUs."""
+
+from __future__ import annotations
+
+
+def evaluation_table(records: list[dict]) -> list[str]:
+    lines = [
+        "| variant | density | PSNR (dB) | SSIM | cosine similarity | transformer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        psnr = f"{record['psnr']:.2f} ± {record['psnr_spread']:.2f}"
+        ssim = f"{record['ssim']:.4f} ± {record['ssim_spread']:.4f}"
+        cosine = f"{record['cosine']:.4f} ± {record['cosine_spread']:.4f}"
+        speed = f"{record['speed_up']:.2f}x"
+        lines.append(f"| {record['variant']} | {record['density']:.3f} | {psnr} | {ssim} | {cosine} | {speed} |")
+    first = records[0]
+    steps = first["settings"]["num_inference_steps"]
+    return [
+        *lines,
+        "",
+        f"Mean ± standard deviation over {len(first['pairs'])} prompt/seed pairs; last column: median of the paired "
+        f"ratios of time in the transformer to full attention; {first['grid']}, {steps} steps; {surroundings(first)}.",
+    ]
+
+
+def attention_table(records: list[dict]) -> list[str]:
+    """Times SDPA by contender and shape, and SDPA's own milliseconds; equal densities and prologue included only."""
+    shown = [record for record in records if record["prologue"] is not False and not record["unequal"]]
+    shapes = list(dict.fromkeys((record["tokens"], record["heads"], record["head_dim"]) for record in shown))
+    names = {"paroattn": "paroattn {precision}", "flex": "FlexAttention {precision}", "sdpa": "SDPA {precision}"}
+    rows: dict[tuple[str, float], dict] = {}
+    for record in shown:
+        name = names[record["method"]].format(**record)
+        cell = f"{record['times_sdpa']:.2f}x"
+        if record["method"] == "sdpa":
+            cell = f"{record['median_ms']:.0f} ms"
+        key = (name, record["density"])
+        rows.setdefault(key, {})[record["tokens"], record["heads"], record["head_dim"]] = cell
+    lines = [
+        "| | density | " + " | ".join(f"{tokens:,} x {dim}" for tokens, _, dim in shapes) + " |",
+        "|---|---|" + "---|" * len(shapes),
+    ]
+    for (name, density), cells in rows.items():
+        lines.append(f"| {name} | {density:g} | " + " | ".join(cells.get(shape, "") for shape in shapes) + " |")
+    first = shown[0]
+    backend = next(record["backend"] for record in shown if record["backend"])
+    heads = ", ".join(f"{tokens:,} tokens: {heads} heads" for tokens, heads in dict(s[:2] for s in shapes).items())
+    return [
+        *lines,
+        "",
+        "Tokens x head_dim. Speed is against the faster of SDPA in fp32 and bf16, as the median of the ratios of "
+        f"interleaved rounds; quantising and reordering are included. {heads}. {surroundings(first)} ({backend}).",
+    ]
+
+
+def compensation_table(records: list[dict]) -> list[str]:
+    """Time with compensation over time without, by instructions and shape; a column per density and precision."""
+    times: dict[tuple, dict] = {}
+    for record in records:
+        if record["method"] == "paroattn" and record["prologue"]:
+            row = (record["backend"].partition(",")[0], record["tokens"], record["head_dim"])
+            place = (record["density"], record["precision"], record["compensate"])
+            times.setdefault(row, {})[place] = record["median_ms"]
+    columns = list(dict.fromkeys(place[:2] for cells in times.values() for place in cells))
+    heads = (
+        f"{density:g}, {precision.upper() if precision == 'int8' else precision}" for density, precision in columns
+    )
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    for (backend, tokens, head_dim), cells in sorted(times.items()):
+        ratios = (f"{cells[(*column, True)] / cells[(*column, False)]:.2f}" for column in columns)
+        lines.append(f"| `{backend}`, {tokens:,} x {head_dim} | " + " | ".join(ratios) + " |")
+    rounds = sorted({record["rounds"] for record in records})
+    return [*lines, "", f"Ratios of medians of {rounds[0]} to {rounds[-1]} interleaved rounds."]
+
+
+def model_table(records: list[dict]) -> list[str]:
+    """A row per contender of each model."""
+    lines = [
+        "| model | tokens | layers | attention | density | step | x own | x fastest dense | share of attention |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        name = record["method"] + ("" if record["plan"] is None else f" {record['precision']}")
+        cells = (
+            record["model"] + (", compiled" if record["compiled"] else ""),
+            f"{record['tokens']:,}",
+            f"{record['layers']} of {record['model_layers']}",
+            name,
+            f"{record['density']:.3g}",
+            f"{record['median_ms']:.0f} ms",
+            f"{record['times_own']:.2f}x",
+            f"{record['times_dense']:.2f}x",
+            f"{record['attention_share']:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    first = records[0]
+    return [
+        *lines,
+        "",
+        f"One step of the transformer in {first['dtype']}, weights: {first['weights']}. Median of {first['rounds']} "
+        "interleaved rounds; speed is the median of the rounds' ratios. The share is that of the kernels of "
+        f"self-attention, without compiling. {surroundings(first)}.",
+    ]
+
+
+def ablation_table(records: list[dict]) -> list[str]:
+    """PSNR of each method, a column per density (and precision), and paired differences to the paper's method."""
+    places = list(dict.fromkeys((record["asked_density"], record["precision"]) for record in records))
+    rows: dict[str, dict] = {}
+    for record in records:
+        rows.setdefault(record["method"], {})[record["asked_density"], record["precision"]] = record
+    heads = [f"{density:g}" + ("" if precision == "exact" else f" + {precision}") for density, precision in places]
+    lines = ["| PSNR (dB) | " + " | ".join(heads) + " |", "|---|" + "---|" * len(places)]
+    for method, cells in rows.items():
+        shown = [_with_gain(cells[place], method) if place in cells else "" for place in places]
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    first = records[0]
+    return [
+        *lines,
+        "",
+        f"Mean over {len(first['pairs'])} prompt/seed pairs; in brackets the mean paired difference to the paper's "
+        "method at the same density and precision and its standard error. "
+        f"{first['settings']['num_inference_steps']} steps; {surroundings(first)}.",
+    ]
+
+
+def _with_gain(record: dict, method: str) -> str:
+    if record["psnr"] is None:
+        return "∞"
+    shown = f"{record['psnr']:.2f}"
+    if method == "paper" or record["over_paper"] is None:
+        return shown
+    return f"{shown} ({record['over_paper']:+.2f} ± {record['over_paper_error']:.2f})"
+
+
+def closeness_table(records: list[dict]) -> list[str]:
+    """The columns of the paper's table 1 that compare with full attention."""
+    lines = ["| method | density | precision | PSNR (dB) | SSIM | CosSim |", "|---|---|---|---|---|---|"]
+    for record in records:
+        cells = [f"{record[name]:.{digits}f}" for name, digits in (("psnr", 2), ("ssim", 4), ("cosine", 4))]
+        lines.append(
+            f"| {record['method']} | {record['density']:.3f} | {record['precision']} | " + " | ".join(cells) + " |"
+        )
+    return lines
+
+
+def surroundings(record: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    gpu = f"{record['gpu']}; " if "gpu" in record else ""
+    return f"{gpu}{record['machine']}, {threads}; {versions}"
