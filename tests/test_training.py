@@ -1,4 +1,4 @@
-"""The training script of the bundled model: its data and its resuming."""
+"""The training scripts of the bundled models: their data, resuming, and what the exports read."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+import export_moving_digits
 import painted_digits
 import train_moving_digits as training
+import train_moving_digits_large as large_training
 import train_painted_digits as image_training
-from moving_digits import PAN_SPEED, SIZE, WORDS, MovingDigits
+from moving_digits import COLOURS, PAN_SPEED, PLACES, WORDS, MovingDigits
 from painted_digits import PaintedDigits
+from timed_training import Stage, some_without_prompt, train
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +24,33 @@ def data():
 
 def test_clips_are_drawn_from_the_generator_alone_and_prompts_use_known_words(data):
     def draw(seed):
-        return data.sample(4, torch.Generator().manual_seed(seed))
+        return data.batch(3, 4, torch.Generator().manual_seed(seed))
 
-    (clip, prompt), (again, _), (other, _) = draw(1), draw(1), draw(2)
-    assert clip.shape == (4, 3, SIZE, SIZE)
-    assert torch.equal(clip, again)
-    assert not torch.equal(clip, other)
-    assert 0 <= clip.min() < clip.max() <= 1
-    assert set(prompt.split()) <= set(WORDS)
+    (clips, prompts), (again, _), (other, _) = draw(1), draw(1), draw(2)
+    assert clips.shape == (3, 4, 3, 128, 128)
+    assert torch.equal(clips, again)
+    assert not torch.equal(clips, other)
+    assert 0 <= clips.min() < clips.max() <= 1
+    assert set(" ".join(prompts).split()) <= set(WORDS)
 
 
-def test_the_camera_pans_where_the_prompt_says(data):
-    photograph = data.photographs["cat"]
-    left = data._pan(photograph, (0, -1), 4, torch.Generator().manual_seed(0))
-    shift = round(PAN_SPEED)
+def test_clips_show_what_their_prompts_say():
+    """Ink of the colour that is asked for, and of no other colour of its kind."""
+    clips, prompts = MovingDigits(blur=3.0).batch(16, 2, torch.Generator().manual_seed(0))
+    green = torch.tensor(COLOURS["green"]).view(1, 3, 1, 1)
+    for clip, prompt in zip(clips, prompts, strict=True):
+        ink = ((clip - green).abs().amax(1) < 0.02).sum()
+        assert (ink > 100) == ("green" in prompt), prompt
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_the_camera_pans_where_the_prompt_says(size):
+    larger = MovingDigits(size, blur=3.0)
+    place = PLACES.index("cat")
+    left, still = larger._pan([place, place], [(0, -1), (0, 0)], 4, torch.Generator().manual_seed(0))
+    shift = round(PAN_SPEED * size / 128)
     assert torch.allclose(left[1:, :, :, shift:], left[:-1, :, :, :-shift], atol=1e-4)
+    assert torch.equal(still[1:], still[:-1])
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(data, tmp_path, monkeypatch):
@@ -43,9 +58,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(data, tmp_p
         def __init__(self, blur):
             pass
 
-        def sample(self, frames, generator):
-            clip, prompt = data.sample(frames, generator)
-            return clip[:, :, :32, :32], prompt
+        def batch(self, count, frames, generator):
+            clips, prompts = data.batch(count, frames, generator)
+            return clips[..., :32, :32], prompts
 
     monkeypatch.setattr(training, "MovingDigits", SmallData)
 
@@ -63,6 +78,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(data, tmp_p
     assert all(torch.equal(resumed["averaged"][name], value) for name, value in whole["averaged"].items())
     rows = (tmp_path / "resumed" / "loss.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3"]
+    model, steps = export_moving_digits.load_checkpoint("moving-digits", tmp_path / "resumed" / "checkpoint.pt")
+    assert steps == 4
+    weight = resumed["averaged"]["module.words.weight"]
+    assert torch.equal(model.words.weight, weight)
 
 
 def test_pictures_are_drawn_from_the_generator_alone_as_their_prompts_say():
@@ -83,14 +102,34 @@ def test_pictures_are_drawn_from_the_generator_alone_as_their_prompts_say():
             assert (ink[:, 1].mean() < 128) == ("left" in prompt)
 
 
-def test_image_training_runs_and_writes_what_the_export_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_training, "STAGES", (image_training.Stage(32, 1, 1.0),))
-    image_training.train(tmp_path, 2.0, torch.device("cpu"))
+def test_some_prompts_are_left_out_for_guidance():
+    prompts = some_without_prompt(["a cat"] * 1000, torch.Generator().manual_seed(0))
+    assert 60 < prompts.count("") < 140
+    assert prompts.count("a cat") == 1000 - prompts.count("")
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_timed_training_runs_and_writes_what_the_export_reads(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.Module.compile", lambda self, **_: None)  # minutes, for two steps
+    if kind == "video":
+        model = training.PromptedTransformer(1, 1)
+        drawn, stages = (large_training.loss_of, MovingDigits(32)), (Stage(32, 1, 2, 0.5), Stage(32, 2, 1, 1.0))
+    else:
+        monkeypatch.setitem(image_training.SHAPES, "small", {"num_layers": 1, "num_attention_heads": 1})
+        monkeypatch.setitem(image_training.SHAPES["small"], "num_single_layers", 1)
+        model = image_training.PromptedTransformer("small")
+        drawn, stages = (image_training.loss_of, PaintedDigits(torch.device("cpu"))), (Stage(32, 1, 2, 1.0),)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss_of, data = drawn
+    given = {"folder": tmp_path, "seconds": 2.0, "rate": 1e-3, "seed": 0}
+    train(model, lambda stage, generator: loss_of(model, data, stage, generator), stages, **given)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    model = image_training.PromptedTransformer()
-    model.load_state_dict(state["averaged"])
     assert state["step"] >= 1
-    assert (tmp_path / "loss.csv").read_text().startswith("step,size,loss,gradient_norm,seconds\n0,32,")
+    assert state["averaged"].keys() == before.keys()
+    assert any(not torch.equal(state["averaged"][name].float(), value.half().float()) for name, value in before.items())
+    rows = (tmp_path / "loss.csv").read_text().splitlines()
+    assert rows[0] == "step,size,frames,loss,gradient_norm,seconds"
+    assert rows[1].startswith("0,32,1,")
 
 
 def test_position_ids_are_those_of_the_pipeline():

@@ -1,6 +1,6 @@
 """Turn a training checkpoint into the pipeline folder that the package ships, with sample pictures and loss curve.
 
-python training/export_painted_digits.py --checkpoints checkpoints/painted_digits
+python training/export_painted_digits.py --model painted-digits-large --checkpoints checkpoints/painted_digits_large
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from painted_digits import PROMPT_LENGTH, SIZE, WORDS
 from PIL import Image
-from train_painted_digits import NOISE_SHIFT, PromptedTransformer
+from timed_training import NOISE_SHIFT
+from train_painted_digits import SHAPES, PromptedTransformer
 
 from paroattn.integrations.generation import GENERATION_FILE, VOCABULARY_FILE, load_model
-from paroattn.models import IMAGE, folder_of
+from paroattn.models import IMAGE_LARGE, folder_of
 from paroattn.models.vocabulary import PromptVocabulary
 
 GENERATION = {
@@ -45,9 +46,9 @@ SAMPLE_PROMPTS = (
 )
 
 
-def export(checkpoints: Path, folder: Path) -> None:
+def export(name: str, checkpoints: Path, folder: Path) -> None:
     state = torch.load(checkpoints / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = PromptedTransformer()
+    model = PromptedTransformer(name)
     model.load_state_dict(state["averaged"])
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=NOISE_SHIFT),
@@ -64,9 +65,9 @@ def export(checkpoints: Path, folder: Path) -> None:
     print(f"exported step {state['step']}")
 
 
-def draw_samples(path: Path, steps: int) -> None:
+def draw_samples(name: str, path: Path, steps: int) -> None:
     """Two rows of three pictures."""
-    model = load_model(IMAGE, device="cpu", num_inference_steps=steps)
+    model = load_model(name, device="cpu", num_inference_steps=steps)
     pictures = [model.generate(prompt, seed)[0] for prompt, seed in SAMPLE_PROMPTS]
     rows = [torch.cat(pictures[start : start + 3], dim=2) for start in (0, 3)]
     pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
@@ -87,10 +88,11 @@ def draw_loss(log: Path, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(SHAPES), default=IMAGE_LARGE, help="which bundled model")
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder with checkpoint.pt and loss.csv")
     parser.add_argument("--sample-steps", type=int, default=20, help="denoising steps of the sample picture")
     arguments = parser.parse_args()
-    target = folder_of(IMAGE)
-    export(arguments.checkpoints, target)
-    draw_samples(target / "samples.jpg", arguments.sample_steps)
+    target = folder_of(arguments.model)
+    export(arguments.model, arguments.checkpoints, target)
+    draw_samples(arguments.model, target / "samples.jpg", arguments.sample_steps)
     draw_loss(arguments.checkpoints / "loss.csv", target / "loss.png")

@@ -54,17 +54,17 @@ PEAK_RATE = 1.2e-3
 WARMUP_STEPS = 60
 
 
-def build_transformer() -> WanTransformer3DModel:
+def build_transformer(heads: int = 4, layers: int = 4) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=4,
+        num_attention_heads=heads,
         attention_head_dim=64,
         in_channels=48,
         out_channels=48,
         text_dim=TEXT_DIM,
         freq_dim=128,
-        ffn_dim=1024,
-        num_layers=4,
+        ffn_dim=heads * 256,
+        num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
@@ -74,9 +74,9 @@ def build_transformer() -> WanTransformer3DModel:
 class PromptedTransformer(nn.Module):
     """The transformer with the word vectors it is conditioned on, trained together."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int = 4, layers: int = 4) -> None:
         super().__init__()
-        self.transformer = build_transformer()
+        self.transformer = build_transformer(heads, layers)
         self.words = nn.Embedding(len(WORDS), TEXT_DIM)
 
     def forward(self, latents: Tensor, timestep: Tensor, words: Tensor) -> Tensor:
@@ -87,13 +87,10 @@ def batch_of(data: MovingDigits, stage: Stage, step: int) -> tuple[Tensor, Tenso
     """Latents, word indices, noise and noise levels of one step, a function of the step alone."""
     generator = torch.Generator().manual_seed(SEED + step)
     vocabulary = PromptVocabulary(WORDS, torch.zeros(len(WORDS), 1), PROMPT_LENGTH)
-    latents, words = [], []
-    for _ in range(stage.batch):
-        clip, prompt = data.sample(stage.frames, generator)
-        keep = float(torch.rand((), generator=generator)) >= EMPTY_PROMPT_SHARE
-        latents.append(frames_to_latents(clip))
-        words.append(vocabulary.indices(prompt if keep else ""))
-    clean = torch.cat(latents)
+    clips, prompts = data.batch(stage.batch, stage.frames, generator)
+    keep = torch.rand(stage.batch, generator=generator) >= EMPTY_PROMPT_SHARE
+    words = [vocabulary.indices(prompt if kept else "") for prompt, kept in zip(prompts, keep.tolist(), strict=True)]
+    clean = torch.cat([frames_to_latents(clip) for clip in clips])
     noise = torch.randn(clean.shape, generator=generator)
     uniform = torch.randn(stage.batch, generator=generator).sigmoid()
     level = NOISE_SHIFT * uniform / (1 + (NOISE_SHIFT - 1) * uniform)
@@ -131,7 +128,7 @@ def train(folder: Path) -> None:
         _forget_after(folder / "loss.csv", first_step)
         print(f"resumed after step {first_step}", flush=True)
 
-    data = {blur: MovingDigits(blur) for blur in {stage.blur for stage in STAGES}}
+    data = {blur: MovingDigits(blur=blur) for blur in {stage.blur for stage in STAGES}}
     started = time.monotonic()
     for step in range(first_step, STAGES[-1].until_step):
         stage = next(stage for stage in STAGES if step < stage.until_step)
