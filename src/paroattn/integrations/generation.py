@@ -101,9 +101,9 @@ class GenerativeModel:
     def _video(self, vocabulary: PromptVocabulary, prompt: str) -> dict[str, Any]:
         """Of a bundled video model; raises if its settings lack a size."""
         height, width, frames = self._sizes("height", "width", "num_frames")
-        embeds = {"prompt_embeds": vocabulary.encode(prompt)}
+        embeds = {"prompt_embeds": self._encoded(vocabulary, prompt)}
         if (self.settings.guidance_scale or 1) > 1:
-            embeds["negative_prompt_embeds"] = vocabulary.encode("")
+            embeds["negative_prompt_embeds"] = self._encoded(vocabulary, "")
         # Without a VAE the pipeline takes 8 pixels and 4 frames per latent; folded latents have 4 pixels and 1 frame.
         sizes = {"height": height // FOLD * 8, "width": width // FOLD * 8, "num_frames": (frames - 1) * 4 + 1}
         return {**sizes, **embeds, "output_type": "latent"}
@@ -111,14 +111,18 @@ class GenerativeModel:
     def _image(self, vocabulary: PromptVocabulary, prompt: str) -> dict[str, Any]:
         """Of a bundled image model."""
         height, width = self._sizes("height", "width")
-        embeds = vocabulary.encode(prompt)
+        embeds = self._encoded(vocabulary, prompt)
         arguments: dict[str, Any] = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds.mean(1)}
         if (self.settings.guidance_scale or 1) > 1:
-            empty = vocabulary.encode("")
+            empty = self._encoded(vocabulary, "")
             arguments |= {"negative_prompt_embeds": empty, "negative_pooled_prompt_embeds": empty.mean(1)}
             arguments["true_cfg_scale"] = self.settings.guidance_scale
         # Without a VAE the pipeline takes 16 pixels per token; folded pixels have 4.
         return {**arguments, "height": height // FOLD * 16, "width": width // FOLD * 16, "output_type": "latent"}
+
+    def _encoded(self, vocabulary: PromptVocabulary, prompt: str) -> Tensor:
+        """As a text encoder would leave it: where the transformer is, in its dtype, which some pipelines take over."""
+        return vocabulary.encode(prompt).to(self.pipe.device, self.pipe.dtype)
 
     def _sizes(self, *names: str) -> list[int]:
         sizes = [getattr(self.settings, name) for name in names]
