@@ -76,7 +76,9 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         none, indices, counts, indices.clone(), BLOCK_SIZE=(block_q, BLOCK), seq_lengths=(tokens, tokens)
     )
     compiled: Callable[..., Any] = torch.compile(flex.flex_attention)
-    return lambda: compiled(query, key, value, block_mask=flex_mask)
+    # Its own choice of tiles for GPUs may be larger than the mask's blocks, which it then refuses.
+    tiles = {"BLOCK_M": block_q, "BLOCK_N": BLOCK} if query.device.type == "cuda" else None
+    return lambda: compiled(query, key, value, block_mask=flex_mask, kernel_options=tiles)
 
 
 def _flash_attn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
