@@ -308,7 +308,7 @@ def floors() -> None:
     for work in _WORKLOADS:
         scores = work.batch * work.heads * work.tokens**2
         for qk, pv in (("16", "16"), ("int8", "16"), ("int8", "int8"), ("int8", "fp8")):
-            kind = Kind(work.head_dim, 128, qk, pv)
+            kind = Kind(work.head_dim, 128 if work.head_dim == 64 else 64, qk, pv)
             per_score = forward_report("sm90", kind, triton_configs.config("sm90", kind)).per_score or 0.0
             matrix = sum(2 * scores * work.head_dim / _MATRIX_RATE[width] for width in (qk, pv))
             terms = {
@@ -317,7 +317,8 @@ def floors() -> None:
                 "issue": scores * per_score / (128 * _SMS * _CLOCK),
             }
             times = "  ".join(f"{key} {1e3 * value:6.2f} ({300 * value:5.2f})" for key, value in terms.items())
-            print(f"{work.name:12} D {work.head_dim:3} 128 x 64 {qk:>4}/{pv:<4} {per_score:5.2f} instructions  {times}")
+            name = f"{work.name:12} D {work.head_dim:3} {kind.block_q:3} x 64 {qk:>4}/{pv:<4}"
+            print(f"{name} {per_score:5.2f} instructions  {times}")
 
 
 def main() -> int:

@@ -177,7 +177,7 @@ def test_a_folder_of_an_incomplete_pipeline_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no-such-model", "does not exist; expected moving-digits, painted-digits, a diffusers pipeline folder"),
+        ("no-such-model", "does not exist; expected moving-digits, painted-digits, moving-digits-large, painted-digits-large, a"),
         ("./missing/folder", "does not exist"),
         ("{tmp}", "is a folder without model_index.json"),
         ("{tmp}/file", "does not exist"),

@@ -34,7 +34,7 @@ def test_the_main_loop_on_hopper_is_short(pv, limit):
 
 def test_faults_are_found():
     """A configuration that spills, and one without its matrix instruction."""
-    kind = Kind(128, 128, "int8", "int8")
+    kind = Kind(128, 128, "int8", "int8")  # is not shipped
     spilling = triton_kernels.forward_report("sm90", kind, Config(4, 3, 128, swapped=True, asm=True))
     assert any("spills" in fault for fault in triton_kernels.faults("sm90", kind, spilling))
     assert "no HGMMA" in triton_kernels.faults("sm90", Kind(128, 128, "16", "int8"), spilling)

@@ -97,6 +97,16 @@ def test_more_than_64_blocks_have_more_than_one_block_of_means():
     assert_as_good_as_the_reference(tensors, given, "int8")
 
 
+@pytest.mark.parametrize("precision", ["exact", "int8", "int8/fp8"])
+@pytest.mark.parametrize("tokens", [100, 200, 333])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_with_head_dim_128_two_programs_share_a_row_of_128_queries(tokens, precision, compensated):
+    """100 tokens leave the second program of the only row part of its queries; 200 and 333 leave it none."""
+    tensors = half(inputs(tokens, heads=2, head_dim=128, batch=2))
+    compensate = torch.tensor([True, False]) if compensated else None
+    assert_as_good_as_the_reference(tensors, arguments(tokens, 2, precision, 128, compensate), precision)
+
+
 @pytest.mark.parametrize("head_dim", [1, 40, 65, 128])
 def test_head_dims_between_are_padded_and_queries_may_share_keys(head_dim):
     tensors = half(inputs(130, heads=4, key_heads=2, head_dim=head_dim))

@@ -25,7 +25,7 @@ class Kind:
 
     Attributes:
         head_dim: 64 or 128, to which heads are padded.
-        block_q: queries per program, 64 or 128.
+        block_q: queries per program, 64 or, with head_dim 64, 128.
         qk: "int8" or "16" (bit).
         pv: "int8", "fp8" or "16".
     """
@@ -72,7 +72,7 @@ def kinds(target: str) -> list[Kind]:
     return [
         Kind(head_dim, block_q, qk, pv)
         for head_dim in (64, 128)
-        for block_q in (64, 128)
+        for block_q in ((64, 128) if head_dim == 64 else (64,))
         for qk in ("int8", "16")
         for pv in values
     ]
@@ -81,8 +81,10 @@ def kinds(target: str) -> list[Kind]:
 def config(target: str, kind: Kind, *, compensated: bool = False) -> Config:
     """The entry of `OVERRIDES`, or else of the table; compensated is the variant with mean tokens."""
     own = OVERRIDES.get((target, kind)) or _table(target, kind)
-    if compensated and kind.head_dim == 128:  # would spill
+    if compensated and own.registers == 168:  # would spill
         return replace(own, registers=None)
+    if compensated and target == "sm90" and (kind.block_q, kind.qk, kind.pv) == (128, "16", "16"):  # so would this
+        return replace(own, num_stages=2)
     return own
 
 
@@ -93,30 +95,33 @@ def _table(target: str, kind: Kind) -> Config:
     if target == "sm90":
         return _measured(kind, swapped, asm)
     # Four warps of 64 x 128 queries in 16 bits would spill where registers hold the operands.
-    four = kind.block_q == 64 and (kind.head_dim == 64 or kind.qk == "int8" or target in ("sm100", "gfx942"))
-    return Config(4 if four else 8, 2, swapped=swapped, asm=asm)
+    wide = kind.head_dim == 128 and (kind.qk, eight_bit) != ("int8", True) and target not in ("sm100", "gfx942")
+    # Left to itself, NVIDIA's assembler stops at 128 or 168 registers for some of these and spills.
+    all_registers = 255 if kind.head_dim == 64 and eight_bit and target != "gfx942" else None
+    return Config(8 if wide or kind.block_q == 128 else 4, 2, 64, swapped, asm, all_registers)
 
 
 def _measured(kind: Kind, swapped: bool, asm: bool) -> Config:
     """The fastest on an H100; the other targets' are compiled, not measured."""
-    warps = 8 if kind.head_dim == 128 and kind.block_q == 128 else 4
     both = kind.qk == "int8" and kind.pv != "16"
-    if kind.head_dim == 64 and kind.block_q == 128:
-        return Config(warps, 3, 128, swapped, asm)
+    if kind.block_q == 128:
+        return Config(4, 3, 128, swapped, asm)
     if kind.head_dim == 64:
-        return Config(warps, 3, 128, swapped, asm, 128) if both else Config(warps, 2, 128, swapped, asm, 168)
+        return Config(4, 3, 128, swapped, asm, 128) if both else Config(4, 2, 128, swapped, asm, 168)
     if both:
-        one = kind.pv == "fp8" and kind.block_q == 64
-        return Config(warps, 4, 64, swapped, asm, 168) if one else Config(warps, 3, 128, swapped, asm)
-    if kind.qk == "16" and kind.pv != "16" and kind.block_q == 64:
-        return Config(warps, 2, 64, swapped, asm, 168)
-    return Config(warps, 3, 64, swapped, asm)
+        return Config(4, 4, 64, swapped, asm, 168) if kind.pv == "fp8" else Config(4, 3, 128, swapped, asm)
+    return Config(4, 3, 64, swapped, asm) if kind.pv == "16" else Config(4, 2, 64, swapped, asm, 168)
 
 
-def dense_block_q(target: str, head_dim: int, qk: str, pv: str, tokens: int) -> int:
-    """Queries per program where there is no mask; head_dim, qk and pv as in `Kind`."""
-    short = target == "sm90" and head_dim == 128 and (qk == pv or pv != "16")  # measured
-    return 64 if tokens <= 64 or short else 128
+def queries_per_program(head_dim: int, mask_block_q: int | None, tokens: int) -> int:
+    """`Kind.block_q` for a head_dim of 64 or 128 and a mask with so many queries per block, None for no mask.
+
+    With head_dim 128, two programs of 64 queries share a row of a mask in blocks of 128: one program would leave room
+    for no other on an H100, and spill on other targets.
+    """
+    if head_dim == 128 or (mask_block_q is None and tokens <= 64):
+        return 64
+    return mask_block_q or 128
 
 
 def skip_cost_options(target: str, head_dim: int) -> dict[str, int]:

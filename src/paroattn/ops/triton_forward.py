@@ -153,7 +153,7 @@ def _kept_block(indices_ptr, number, count, LISTED: tl.constexpr):
 
 # Compiled once for all of them.
 _SIZES = ["batch", "heads", "group", "tokens", "slots", "q_blocks", "kv_blocks", "mean_blocks"]
-_SIZES += ["mask_bytes", "stride_mask"]
+_SIZES += ["mask_bytes", "stride_mask", "parts"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -164,7 +164,7 @@ def attention_forward(
     compensate_ptr, mask_ptr, mean_k_ptr, mean_k_scale_ptr, mean_v_ptr, mean_v_scale_ptr, mean_bias_ptr,
     visited_ptr,
     stride_ob, stride_oh, stride_on, stride_mask,
-    batch, heads, group, tokens, slots, q_blocks, kv_blocks, mean_blocks, mask_bytes,
+    batch, heads, group, tokens, slots, q_blocks, parts, kv_blocks, mean_blocks, mask_bytes,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
     WIDTH: tl.constexpr, SWAPPED: tl.constexpr, ASM: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -179,8 +179,9 @@ def attention_forward(
     v: packed values [B * slots, kv_blocks, 64, D], or [..., D, 64] if 8-bit, with v_mean, v_scale [B, H / group, D].
     bias [B * slots, kv_blocks * 64]: 0 or -inf, as the keys are stored.
     output [B, H, N, HEAD_DIM] by strides; lse [B, H, N]; order [H, N].
-    slots, rows [slots, q_blocks]: what the programs take in turn; counts, indices: `triton_prologue.kept_lists`.
-    compensate bool [H], mask uint8 [H, q_blocks, mask_bytes]; mean_k, ...: `triton_prologue.pack_means`.
+    A row of the mask is for `parts` programs. slots, rows [slots, mask rows]: what the programs take in turn; counts,
+    indices: `triton_prologue.kept_lists`.
+    compensate bool [H], mask uint8 [H, mask rows, mask_bytes]; mean_k, ...: `triton_prologue.pack_means`.
     visited int32 [B * slots, q_blocks]: how many blocks each program attended.
     """
     program = tl.program_id(0)
@@ -189,7 +190,7 @@ def attention_forward(
     slot = program // q_blocks // batch
     if counts_ptr is not None:
         slot = tl.load(slots_ptr + slot)
-        row = tl.load(rows_ptr + slot * q_blocks + row)
+        row = tl.load(rows_ptr + slot * (q_blocks // parts) + row // parts) * parts + row % parts
     h = tl.load(heads_ptr + slot)
     packed = b * slots + slot
     kv_head = b * (heads // group) + h // group
@@ -207,7 +208,7 @@ def attention_forward(
     LISTED: tl.constexpr = counts_ptr is not None
     count = kv_blocks
     if LISTED:
-        at = slot * q_blocks + row
+        at = slot * (q_blocks // parts) + row // parts
         count = tl.load(counts_ptr + at)
         indices_ptr += at.to(tl.int64) * kv_blocks
     partial = (tokens % BLOCK_KV != 0) & (_kept_block(indices_ptr, count - 1, count, LISTED) == kv_blocks - 1)
@@ -255,7 +256,7 @@ def attention_forward(
         mean_bias_ptr += packed * mean_blocks * BLOCK_KV
         if QK == "int8":
             mean_k_scale_ptr += packed * mean_blocks
-        mask_ptr += h.to(tl.int64) * stride_mask + row * mask_bytes
+        mask_ptr += h.to(tl.int64) * stride_mask + row // parts * mask_bytes
         for block in tl.range(0, tl.load(compensate_ptr + h).to(tl.int32) * mean_blocks, num_stages=1):
             kv_block = block * BLOCK_KV + column  # that the mean token of this column stands for
             bits = tl.load(mask_ptr + kv_block // 8, mask=kv_block < kv_blocks, other=255)

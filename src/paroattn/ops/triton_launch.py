@@ -12,7 +12,7 @@ from torch import Tensor
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.ops import triton_forward, triton_prologue
 from paroattn.ops.triton_attention import INTERPRETED, on_device_of, target_here
-from paroattn.ops.triton_configs import Config, Kind, config, dense_block_q
+from paroattn.ops.triton_configs import Config, Kind, config, queries_per_program
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CHUNK, _TILE = 512, 32  # tokens that one program of the statistics reads, and how many at a time
@@ -89,7 +89,9 @@ class _Call:
         self.scale = scale
         self.width = 64 if self.head_dim <= 64 else 128  # of a head inside the kernels
         self.target = target_here(query.device)
-        self.block_q, self.q_blocks = block_q, block_count(self.tokens, block_q)
+        self.block_q = queries_per_program(self.width, None if mask_bits is None else block_q, self.tokens)
+        self.parts = 1 if mask_bits is None else block_q // self.block_q  # programs per row of the mask
+        self.q_blocks = block_count(self.tokens, self.block_q * self.parts) * self.parts
         self.kv_blocks = block_count(self.tokens, BLOCK)
         self.mean_blocks = block_count(self.kv_blocks, BLOCK) if self.compensate is not None else 0
 
@@ -126,9 +128,6 @@ class _Call:
         count_visits: bool,
     ) -> Tensor | None:
         """Fill these heads of output and lse; returns the visited blocks if they are to be counted."""
-        if self.mask is None:
-            self.block_q = dense_block_q(self.target, self.width, _width_of(qk), _width_of(pv), self.tokens)
-            self.q_blocks = block_count(self.tokens, self.block_q)
         slots, packs = len(heads), self.batch * len(heads)
         head_numbers = _on_device(heads, self.query.device)
         kind = Kind(self.width, self.block_q, _width_of(qk), _width_of(pv))
@@ -241,6 +240,7 @@ class _Call:
             self.tokens,
             slots,
             self.q_blocks,
+            self.parts,
             self.kv_blocks,
             self.mean_blocks,
             0 if self.mask is None else self.mask.shape[2],
@@ -309,28 +309,28 @@ class _Call:
         """Order of the slots and of their rows, longest first, and the kept blocks: counts and indices."""
         if self.mask is None:
             return None, None, None, None
-        slots = len(head_numbers)
-        counts = self.new(slots, self.q_blocks, dtype=torch.int32)
-        indices = self.new(slots, self.q_blocks, self.kv_blocks, dtype=torch.int32)
-        triton_prologue.kept_lists[(self.q_blocks, slots)](
+        slots, rows = len(head_numbers), self.mask.shape[1]
+        counts = self.new(slots, rows, dtype=torch.int32)
+        indices = self.new(slots, rows, self.kv_blocks, dtype=torch.int32)
+        triton_prologue.kept_lists[(rows, slots)](
             self.mask,
             head_numbers,
             counts,
             indices,
             self.mask.stride(0),
-            self.q_blocks,
+            rows,
             self.kv_blocks,
             self.mask.shape[2],
             COLUMNS=triton.next_power_of_2(self.kv_blocks),
         )
         slot_order, row_order = self.new(slots, dtype=torch.int32), torch.empty_like(counts)
-        triton_prologue.schedule[(block_count(self.q_blocks, _ROWS_AT_ONCE), slots)](
+        triton_prologue.schedule[(block_count(rows, _ROWS_AT_ONCE), slots)](
             counts,
             slot_order,
             row_order,
             slots,
-            self.q_blocks,
-            ROWS=max(_ROWS_AT_ONCE, triton.next_power_of_2(self.q_blocks)),
+            rows,
+            ROWS=max(_ROWS_AT_ONCE, triton.next_power_of_2(rows)),
             TILE=_ROWS_AT_ONCE,
         )
         return slot_order, row_order, counts, indices
