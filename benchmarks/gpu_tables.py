@@ -8,7 +8,7 @@ from record_tables import surroundings
 
 
 def gpu_attention_table(records: list[dict]) -> list[str]:
-    """Milliseconds, prologue and ratios to SDPA's kernels, a table per shape."""
+    """Milliseconds, prologue and ratios to each dense peer, a table per shape."""
     lines: list[str] = []
     shapes = list(dict.fromkeys((record["batch"], record["heads"], record["tokens"]) for record in records))
     for shape in shapes:

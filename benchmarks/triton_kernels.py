@@ -260,7 +260,7 @@ def compiled_row(job: tuple[str, Any, dict[str, bool]]) -> tuple[str, list[str]]
 
 def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[str]]:
     if isinstance(what, Kind):
-        config = triton_configs.config(target, what, compensated="compensate" in variant)
+        config = triton_configs.config(target, what, compensated=variant.get("compensate", False))
         report = forward_report(target, what, config, **variant)
         settings = f"{config.num_warps} warps, {config.num_stages} stages, width {config.width}"
         settings += "" if config.registers is None else f", at most {config.registers} registers"
@@ -281,7 +281,7 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
     per_score = f"{report.per_score:5.2f}" if report.per_score else "    -"
     matrix = " ".join(f"{count} {key}" for key, count in report.matrix.items())
     line = (
-        f"{target:6} {head_dim:3} {name:62} {report.registers:3} registers {report.shared:6} B  {per_score}  {matrix}"
+        f"{target:6} {head_dim:3} {name:86} {report.registers:3} registers {report.shared:6} B  {per_score}  {matrix}"
     )
     return line + (f"  <- {', '.join(wrong)}" if wrong else ""), wrong
 

@@ -148,7 +148,12 @@ def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
 
 @pytest.mark.parametrize("command", ["demo", "calibrate", "generate", "evaluate", "ablate"])
 @pytest.mark.parametrize(
-    ("device", "message"), [("cuda", "but torch sees no GPU; expected cpu"), ("tpu9", "expected cpu or cuda")]
+    ("device", "message"),
+    [
+        ("cuda", "but torch sees no GPU; expected cpu"),
+        ("tpu9", "expected cpu or cuda"),
+        ("meta", "expected cpu or cuda"),
+    ],
 )
 def test_a_device_that_is_not_there_gets_one_line(command, device, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -157,7 +162,15 @@ def test_a_device_that_is_not_there_gets_one_line(command, device, message, monk
     assert result.exit_code == 2
     assert f"--device is {device!r}" in result.stderr
     assert message in result.stderr
-    assert result.stderr.count("\n") <= 3  # click's usage lines and ours
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_gpu_beyond_the_last_gets_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    result = run("demo", "--device", "cuda:2")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --device is 'cuda:2'; torch sees 2 GPUs, counted from 0\n"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,22 @@ def test_demo_says_that_image_and_another_model_exclude_each_other():
     assert "--model is 'moving-digits' with --image; expected tiny, large" in result.stderr
 
 
-def test_ablation_leaves_out_precisions_that_the_backend_lacks():
+def test_ablation_leaves_out_precisions_that_the_backend_lacks(tmp_path, monkeypatch):
+    from paroattn.ops import reference
+
+    monkeypatch.setattr(reference, "FORMATS", frozenset(("exact", "int8")))
+    options = ("--density", "0.4", "--pairs", "1", "--backend", "reference", "--output-dir", tmp_path, *SMALL)
+    result = run("ablate", "--method", "paper", "--frames", "1", *options)
+    assert result.exit_code == 0, result.output
+    assert "left out: int4 at density 0.5, which backend 'reference' lacks" in result.stderr
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert {record["precision"] for record in records} == {"exact", "int8", "int8/exact"}
+    nothing = run("ablate", "--method", "ours, INT4 in all heads", *options[:-1], "cpu", "--output-dir", tmp_path / "2")
+    assert nothing.exit_code == 2
+    assert "nothing to compare: backend 'reference' lacks the precisions of ours, INT4 in all heads" in nothing.stderr
+
+
+def test_precisions_of_backends():
     assert {precision for _, precision in precisions_of("triton")} == {"int8", "int8/exact"}
     assert precisions_of("auto") == precisions_of("cpu") == PRECISIONS
 

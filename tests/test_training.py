@@ -35,7 +35,7 @@ def test_clips_are_drawn_from_the_generator_alone_and_prompts_use_known_words(da
 
 
 def test_clips_show_what_their_prompts_say():
-    """Ink of the colour that is asked for, and of no other colour of its kind."""
+    """Green ink where it is asked for, and nowhere else."""
     clips, prompts = MovingDigits(blur=3.0).batch(16, 2, torch.Generator().manual_seed(0))
     green = torch.tensor(COLOURS["green"]).view(1, 3, 1, 1)
     for clip, prompt in zip(clips, prompts, strict=True):

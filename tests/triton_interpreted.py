@@ -98,10 +98,10 @@ def test_more_than_64_blocks_have_more_than_one_block_of_means():
 
 
 @pytest.mark.parametrize("precision", ["exact", "int8", "int8/fp8"])
-@pytest.mark.parametrize("tokens", [100, 200, 333])
+@pytest.mark.parametrize("tokens", [100, 180, 300])
 @pytest.mark.parametrize("compensated", [False, True])
 def test_with_head_dim_128_two_programs_share_a_row_of_128_queries(tokens, precision, compensated):
-    """100 tokens leave the second program of the only row part of its queries; 200 and 333 leave it none."""
+    """Of the last row the second program has 36 queries of 100 tokens, none of 180 and 300."""
     tensors = half(inputs(tokens, heads=2, head_dim=128, batch=2))
     compensate = torch.tensor([True, False]) if compensated else None
     assert_as_good_as_the_reference(tensors, arguments(tokens, 2, precision, 128, compensate), precision)
@@ -131,21 +131,24 @@ def test_a_row_whose_kept_keys_are_all_hidden_gives_zeros():
     assert output[:, :, 64:].abs().min() > 0
 
 
-@pytest.mark.parametrize("precision", ["exact", "int8"])
-def test_exactly_the_kept_blocks_are_visited(precision):
+@pytest.mark.parametrize(
+    ("precision", "head_dim", "block_q"), [("exact", 64, 64), ("int8", 64, 64), ("int8", 64, 128), ("int8", 128, 128)]
+)
+def test_exactly_the_kept_blocks_are_visited(precision, head_dim, block_q):
     """Position-coded values and a mask per head: reading a neighbour's mask, or running dense, would show."""
     tokens = 200
-    query, key, _ = half(inputs(tokens, heads=3, head_dim=64, batch=2))
+    query, key, _ = half(inputs(tokens, heads=3, head_dim=head_dim, batch=2))
     value = (torch.arange(tokens).view(-1, 1) / 100).expand(query.shape).half() + torch.arange(3).view(1, -1, 1, 1)
-    given = arguments(tokens, 3, precision)
-    given["block_mask"] = BlockMask.from_dense(masks(3, tokens, seed=7), tokens)
+    given = arguments(tokens, 3, precision, block_q)
+    given["block_mask"] = BlockMask.from_dense(masks(3, tokens, seed=7, block_q=block_q), tokens, block_q)
     assert_as_good_as_the_reference((query, key, value.contiguous()), given, precision)
     kernel_format = "fp16" if precision == "exact" else "int8"
     visited = triton_launch.run(
-        torch.empty_like(query), torch.empty(2, 3, tokens), query, key, value, None, given["block_mask"].bits, 64,
+        torch.empty_like(query), torch.empty(2, 3, tokens), query, key, value, None, given["block_mask"].bits, block_q,
         None, None, None, None, "", [kernel_format] * 3, [kernel_format] * 3, 0.2, count_visits=True,
     )  # fmt: skip
-    expected = given["block_mask"].to_dense().sum(-1).int().expand(2, -1, -1)
+    programs = 2 if head_dim == 128 else 1  # per row of the mask
+    expected = given["block_mask"].to_dense().sum(-1).int().repeat_interleave(programs, -1).expand(2, -1, -1)
     assert torch.equal(visited[0], expected)
 
 

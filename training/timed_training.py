@@ -54,9 +54,9 @@ def train(
         loss_of: the loss of one batch, drawn from the generator (of the CPU).
         seconds: how long; the learning rate falls over the time that is given.
         rate: highest learning rate.
+        seed: of what is drawn from the generator; noise and initial weights come from torch's own.
     """
     device = next(model.parameters()).device
-    torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.11's failed on an H100 with an illegal memory access
     generator = torch.Generator().manual_seed(seed)

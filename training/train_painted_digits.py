@@ -89,6 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda", help="device to train on")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
     model = PromptedTransformer(arguments.model).to(arguments.device)
     draw = partial(loss_of, model, PaintedDigits(torch.device(arguments.device)))
     given = {"folder": arguments.folder, "seconds": arguments.seconds, "rate": PEAK_RATE, "seed": SEED}

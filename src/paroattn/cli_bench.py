@@ -140,7 +140,7 @@ def bench_model(
 ) -> None:
     """Time one step of a whole transformer with its own attention and with plans, in interleaved rounds.
 
-    Of a model (default: the bundled video model), or of any size of any model that paroattn knows with random weights,
+    Of a model (default: the tiny video model), or of any size of any model that paroattn knows with random weights,
     so that speed can be measured without the weights. The result says how much of a step is attention.
     Names for --config: wan-2.1-1.3b-480p, wan-2.1-14b-720p, wan-2.2-14b-720p, cogvideox-5b, hunyuanvideo-720p and
     flux.1-dev.

@@ -212,7 +212,7 @@ def ablate(
 ) -> None:
     """Compare methods, densities and precisions: the paper's, paroattn's part by part, and other mask rules.
 
-    Takes about an hour on two CPU cores for the bundled model. Every pair that is done is kept in the output folder:
+    Takes about an hour on two CPU cores for the tiny video model. Every pair that is done is kept in the output folder:
     after an interruption the same command goes on where it was.
     """
     from paroattn.evaluation import ablation
@@ -244,13 +244,16 @@ def ablate(
     )
     work_dir = output_dir / "calibration"
     precisions = ablation.precisions_of(backend)
-    for density, precision in ablation.PRECISIONS:
-        if (density, precision) not in precisions:
-            click.echo(f"left out: {precision} at density {density:g}, which backend {backend!r} lacks", err=True)
+    if not methods or {*methods} & {ablation.PAPER, ablation.OURS}:
+        for density, precision in ablation.PRECISIONS:
+            if (density, precision) not in precisions:
+                click.echo(f"left out: {precision} at density {density:g}, which backend {backend!r} lacks", err=True)
     int4 = any(precision == "int4" for _, precision in precisions)
     measured = ablation.Measured(model, calibration, densities, work_dir=work_dir, int4=int4, progress=not as_json)
     given: dict[str, Any] = {"precisions": precisions, "backend": backend, "progress": not as_json}
     cases = ablation.cases(measured, densities, methods=methods, **given)
+    if not cases:
+        raise click.UsageError(f"nothing to compare: backend {backend!r} lacks the precisions of {', '.join(methods)}")
     records: list[dict[str, Any]] = []
     for results in ablation.run(model, cases, pairs, store=store, learned=learned, progress=not as_json):
         records = ablation.ablation_records(model, results, pairs[: len(results[0].closeness)])

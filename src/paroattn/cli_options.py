@@ -113,8 +113,12 @@ def chosen_device(name: str | None) -> Any:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise click.UsageError(f"--device is {name!r}; expected cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.UsageError(f"--device is {name!r}; expected cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise click.UsageError(f"--device is {name!r}, but torch sees no GPU; expected cpu")
+    if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise click.UsageError(f"--device is {name!r}; torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     return device
 
 
@@ -140,7 +144,7 @@ def chosen_prompts(
     pair_count: int | None,
     need_calibration: bool = True,
 ) -> tuple[list[str], list[tuple[str, int]]]:
-    """Prompts to calibrate on and pairs to evaluate, the bundled model's own where none are given."""
+    """Prompts to calibrate on and pairs to evaluate, a bundled model's own where none are given."""
     from paroattn.evaluation.prompt_files import read_prompts
 
     if prompts and prompt_file is not None:

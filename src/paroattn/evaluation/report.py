@@ -236,6 +236,7 @@ def _made_with(row: Row, plan: Plan | None) -> dict[str, dict[str, str]]:
         made["Calibration"] = _texts(calibration)
     made["Machine and versions"] = _texts(
         {
+            "GPU": record.get("gpu"),
             "machine": record["machine"],
             "threads": record["threads"],
             **({"attention by": record["attention"]["backend"]} if record.get("attention") else {}),

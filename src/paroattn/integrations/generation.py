@@ -64,7 +64,7 @@ class GenerativeModel:
         pipe: the pipeline.
         settings: size and sampling.
         vocabulary: word vectors of a bundled model, which has no text encoder and no VAE; None for other models.
-        examples: the bundled model's prompts for calibration and prompt/seed pairs for evaluation.
+        examples: a bundled model's prompts for calibration and prompt/seed pairs for evaluation.
     """
 
     name: str
@@ -121,8 +121,8 @@ class GenerativeModel:
         return {**arguments, "height": height // FOLD * 16, "width": width // FOLD * 16, "output_type": "latent"}
 
     def _encoded(self, vocabulary: PromptVocabulary, prompt: str) -> Tensor:
-        """As a text encoder would leave it: where the transformer is, in its dtype, which some pipelines take over."""
-        return vocabulary.encode(prompt).to(self.pipe.device, self.pipe.dtype)
+        """As a text encoder leaves it: where the transformer runs, in its dtype, which some pipelines take over."""
+        return vocabulary.encode(prompt).to(self.pipe._execution_device, self.pipe.dtype)
 
     def _sizes(self, *names: str) -> list[int]:
         sizes = [getattr(self.settings, name) for name in names]
@@ -134,8 +134,8 @@ def load_model(source: str, *, device: str | None = None, **changes: Any) -> Gen
     """Load a bundled model, a diffusers pipeline folder, or a pipeline from the Hub.
 
     Args:
-        source: "moving-digits" (video), "painted-digits" (image), a folder with model_index.json, or a Hub name such as
-            "owner/model".
+        source: a bundled model ("moving-digits" or "moving-digits-large" for videos, "painted-digits" or
+            "painted-digits-large" for images), a folder with model_index.json, or a Hub name such as "owner/model".
         device: default "cuda" if there is one, else "cpu".
         **changes: fields of `GenerationSettings` to change; None leaves the model's own.
 
@@ -149,7 +149,7 @@ def load_model(source: str, *, device: str | None = None, **changes: Any) -> Gen
     folder = folder_of(source) if source in BUNDLED else Path(source)
     _check_source(source, folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     bundled = (folder / VOCABULARY_FILE).is_file()
     absent = _absent_components(folder) if bundled else {}
     try:

@@ -45,7 +45,8 @@ class Config:
         width: kept keys per step: 64, or 128 for two blocks at a time.
         swapped: keys are stored so that P becomes an 8-bit operand without moving between threads.
         asm: P is rounded to int8 by inline PTX.
-        registers: at most so many per thread, so that a multiprocessor holds one program more; NVIDIA only.
+        registers: at most so many per thread: few, so that a multiprocessor holds one program more, or 255 where
+            NVIDIA's assembler would stop earlier and spill. None leaves it to the assembler.
     """
 
     num_warps: int
@@ -80,7 +81,9 @@ def kinds(target: str) -> list[Kind]:
 
 def config(target: str, kind: Kind, *, compensated: bool = False) -> Config:
     """The entry of `OVERRIDES`, or else of the table; compensated is the variant with mean tokens."""
-    own = OVERRIDES.get((target, kind)) or _table(target, kind)
+    if (target, kind) in OVERRIDES:
+        return OVERRIDES[target, kind]
+    own = _table(target, kind)
     if compensated and own.registers == 168:  # would spill
         return replace(own, registers=None)
     if compensated and target == "sm90" and (kind.block_q, kind.qk, kind.pv) == (128, "16", "16"):  # so would this

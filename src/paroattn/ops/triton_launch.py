@@ -41,7 +41,7 @@ def run(
     """Fill output and lse; arguments as `triton_attention.triton_attention` has them.
 
     Returns:
-        With `count_visits`, how many kv blocks each program attended: int32 [B, heads, q blocks] per precision.
+        With `count_visits`, how many kv blocks each program attended: int32 [B, heads, programs] per precision.
     """
     visits: list[Tensor] = []
     if output.numel() == 0:
