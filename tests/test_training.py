@@ -14,7 +14,8 @@ import train_moving_digits_large as large_training
 import train_painted_digits as image_training
 from moving_digits import COLOURS, PAN_SPEED, PLACES, WORDS, MovingDigits
 from painted_digits import PaintedDigits
-from timed_training import Stage, some_without_prompt, train
+from rectified_flow import some_without_prompt
+from timed_training import Stage, train
 
 
 @pytest.fixture(scope="module")

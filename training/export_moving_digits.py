@@ -15,7 +15,8 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from moving_digits import PROMPT_LENGTH, WORDS
 from PIL import Image
-from train_moving_digits import NOISE_SHIFT, PromptedTransformer
+from rectified_flow import NOISE_SHIFT
+from train_moving_digits import PromptedTransformer
 from train_moving_digits_large import HEADS, LAYERS
 
 from paroattn.integrations.generation import GENERATION_FILE, VOCABULARY_FILE, load_model

@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from painted_digits import PROMPT_LENGTH, SIZE, WORDS
 from PIL import Image
-from timed_training import NOISE_SHIFT
+from rectified_flow import NOISE_SHIFT
 from train_painted_digits import SHAPES, PromptedTransformer
 
 from paroattn.integrations.generation import GENERATION_FILE, VOCABULARY_FILE, load_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import time
@@ -10,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rectified_flow import moving_average
 from torch import Tensor, nn
 
 from paroattn.files import write_atomically
 
-NOISE_SHIFT = 3.0  # the samplers' schedulers use the same shift
-EMPTY_PROMPT_SHARE = 0.1  # so that classifier-free guidance is possible
 WARMUP_STEPS = 200
 EMA_HORIZON = 600  # steps
 
@@ -60,7 +60,7 @@ def train(
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.11's failed on an H100 with an illegal memory access
     generator = torch.Generator().manual_seed(seed)
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_ema_update)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average(EMA_HORIZON))
     model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     matrices = [parameter for parameter in model.transformer.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim != 2] + [model.words.weight]
@@ -95,20 +95,10 @@ def train(
     print(f"trained {step} steps", flush=True)
 
 
-def noise_levels(count: int, device: torch.device) -> Tensor:
-    """Levels in (0, 1), logit-normal and shifted as the samplers' schedulers shift."""
-    uniform = torch.randn(count, device=device).sigmoid()
-    return NOISE_SHIFT * uniform / (1 + (NOISE_SHIFT - 1) * uniform)
-
-
-def some_without_prompt(prompts: list[str], generator: torch.Generator) -> list[str]:
-    """The prompts, a share of them empty."""
-    keep = torch.rand(len(prompts), generator=generator) >= EMPTY_PROMPT_SHARE
-    return [prompt if kept else "" for prompt, kept in zip(prompts, keep.tolist(), strict=True)]
-
-
-@torch.no_grad()
-def _ema_update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Exponential moving average whose horizon grows with the steps taken, up to EMA_HORIZON."""
-    weight = 1 / min(EMA_HORIZON, 1 + int(count) / 4)
-    torch._foreach_lerp_(averaged, current, weight)
+def command_line(description: str, seconds: float) -> argparse.ArgumentParser:
+    """The command line of a training script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoint.pt and loss.csv are written")
+    parser.add_argument("--seconds", type=float, default=seconds, help="how long to train")
+    parser.add_argument("--device", default="cuda", help="device to train on")
+    return parser

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from moving_digits import PROMPT_LENGTH, WORDS, MovingDigits
+from rectified_flow import moving_average, noise_levels, some_without_prompt
 from torch import Tensor, nn
 
 from paroattn.files import write_atomically
@@ -30,9 +31,7 @@ from paroattn.models.vocabulary import PromptVocabulary
 
 SEED = 20261123
 TEXT_DIM = 64
-NOISE_SHIFT = 3.0  # the sampler's scheduler uses the same shift
 LEAST_LEVEL = 0.05  # bounds the loss weight of nearly clean inputs
-EMPTY_PROMPT_SHARE = 0.1  # so that classifier-free guidance is possible
 EMA_HORIZON = 200  # steps
 
 
@@ -88,12 +87,10 @@ def batch_of(data: MovingDigits, stage: Stage, step: int) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(SEED + step)
     vocabulary = PromptVocabulary(WORDS, torch.zeros(len(WORDS), 1), PROMPT_LENGTH)
     clips, prompts = data.batch(stage.batch, stage.frames, generator)
-    keep = torch.rand(stage.batch, generator=generator) >= EMPTY_PROMPT_SHARE
-    words = [vocabulary.indices(prompt if kept else "") for prompt, kept in zip(prompts, keep.tolist(), strict=True)]
+    words = [vocabulary.indices(prompt) for prompt in some_without_prompt(prompts, generator)]
     clean = torch.cat([frames_to_latents(clip) for clip in clips])
     noise = torch.randn(clean.shape, generator=generator)
-    uniform = torch.randn(stage.batch, generator=generator).sigmoid()
-    level = NOISE_SHIFT * uniform / (1 + (NOISE_SHIFT - 1) * uniform)
+    level = noise_levels(stage.batch, clean.device, generator)
     return clean, torch.stack(words), noise, level
 
 
@@ -116,7 +113,7 @@ def learning_rate(step: int) -> float:
 def train(folder: Path) -> None:
     torch.manual_seed(SEED)
     model = PromptedTransformer()
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_ema_update)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average(EMA_HORIZON))
     optimizer = build_optimizer(model)
     checkpoint, first_step = folder / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -154,13 +151,6 @@ def train(folder: Path) -> None:
                 "optimizer": optimizer.state_dict(),
             }
             write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
-
-
-@torch.no_grad()
-def _ema_update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Exponential moving average whose horizon grows with the steps taken, up to EMA_HORIZON."""
-    weight = 1 / min(EMA_HORIZON, 1 + int(count) / 4)
-    torch._foreach_lerp_(averaged, current, weight)
 
 
 def _log(path: Path, step: int, frames: int, loss: float, norm: float, seconds: float) -> None:

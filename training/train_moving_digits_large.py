@@ -9,13 +9,12 @@ folder that the package ships.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from moving_digits import PROMPT_LENGTH, WORDS, MovingDigits
-from timed_training import Stage, noise_levels, some_without_prompt, train
+from rectified_flow import noise_levels, some_without_prompt
+from timed_training import Stage, command_line, train
 from torch import Tensor
 from train_moving_digits import LEAST_LEVEL, PromptedTransformer
 
@@ -41,14 +40,10 @@ def loss_of(model: PromptedTransformer, data: MovingDigits, stage: Stage, genera
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoint.pt and loss.csv are written")
-    parser.add_argument("--seconds", type=float, default=500.0, help="how long to train")
-    parser.add_argument("--device", default="cuda", help="device to train on")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    given = command_line(__doc__, seconds=500.0).parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    model = PromptedTransformer(HEADS, LAYERS).to(arguments.device)
-    draw = partial(loss_of, model, MovingDigits(SIZE, device=arguments.device))
-    given = {"folder": arguments.folder, "seconds": arguments.seconds, "rate": PEAK_RATE, "seed": SEED}
-    train(model, draw, STAGES, **given)
+    model = PromptedTransformer(HEADS, LAYERS).to(given.device)
+    draw = partial(loss_of, model, MovingDigits(SIZE, device=given.device))
+    settings = {"folder": given.folder, "seconds": given.seconds, "rate": PEAK_RATE, "seed": SEED}
+    train(model, draw, STAGES, **settings)

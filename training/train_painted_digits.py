@@ -9,14 +9,13 @@ pipeline folder that the package ships.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
 from painted_digits import PROMPT_LENGTH, WORDS, PaintedDigits
-from timed_training import Stage, noise_levels, some_without_prompt, train
+from rectified_flow import noise_levels, some_without_prompt
+from timed_training import Stage, command_line, train
 from torch import Tensor, nn
 
 from paroattn.models import IMAGE, IMAGE_LARGE
@@ -82,15 +81,12 @@ def loss_of(model: PromptedTransformer, data: PaintedDigits, stage: Stage, gener
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, seconds=420.0)
     parser.add_argument("--model", choices=tuple(SHAPES), default=IMAGE_LARGE, help="which bundled model")
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoint.pt and loss.csv are written")
-    parser.add_argument("--seconds", type=float, default=420.0, help="how long to train")
-    parser.add_argument("--device", default="cuda", help="device to train on")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    model = PromptedTransformer(arguments.model).to(arguments.device)
-    draw = partial(loss_of, model, PaintedDigits(torch.device(arguments.device)))
-    given = {"folder": arguments.folder, "seconds": arguments.seconds, "rate": PEAK_RATE, "seed": SEED}
-    train(model, draw, STAGES, **given)
+    model = PromptedTransformer(given.model).to(given.device)
+    draw = partial(loss_of, model, PaintedDigits(torch.device(given.device)))
+    settings = {"folder": given.folder, "seconds": given.seconds, "rate": PEAK_RATE, "seed": SEED}
+    train(model, draw, STAGES, **settings)
