@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from record_tables import surroundings
+from record_tables import surroundings, table
 
 
 def gpu_attention_table(records: list[dict]) -> list[str]:
@@ -13,15 +13,9 @@ def gpu_attention_table(records: list[dict]) -> list[str]:
     shapes = list(dict.fromkeys((record["batch"], record["heads"], record["tokens"]) for record in records))
     for shape in shapes:
         own = [record for record in records if (record["batch"], record["heads"], record["tokens"]) == shape]
-        dense = list(own[0]["times_each"])
-        lines += [
-            f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:",
-            "",
-            "| | blocks | density | ms | prologue | TFLOP/s | "
-            + " | ".join(f"x {name.rpartition(' ')[0]}" for name in dense)
-            + " | matrix floor | exp2 floor |",
-            "|---|---|---|---|---|---|" + "---|" * (len(dense) + 2),
-        ]
+        peers = (f"x {name.rpartition(' ')[0]}" for name in own[0]["times_each"])
+        heads = ("", "blocks", "density", "ms", "prologue", "TFLOP/s", *peers, "matrix floor", "exp2 floor")
+        rows = []
         for record in own:
             floors = (record["matrix_floor_ms"], record["exp2_floor_ms"])
             cells = (
@@ -34,8 +28,9 @@ def gpu_attention_table(records: list[dict]) -> list[str]:
                 *(f"{ratio:.2f}" for ratio in record["times_each"].values()),
                 *("" if floor is None else f"{floor:.2f}" for floor in floors),
             )
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+            rows.append(cells)
+        title = f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:"
+        lines += [title, "", *table(heads, rows), ""]
     first = records[0]
     return [
         *lines,
@@ -52,11 +47,10 @@ def calibration_table(records: list[dict]) -> list[str]:
     for record in records:
         cell = f"{record['median_ms']:.2f} ms ({record['over_dense']:.1f})"
         cells.setdefault(record["call"], {})[record["tokens"], record["head_dim"]] = cell
-    lines = [
-        "| | " + " | ".join(f"{tokens:,} x {head_dim}" for tokens, head_dim in shapes) + " |",
-        "|---|" + "---|" * len(shapes),
-        *(f"| {call} | " + " | ".join(own.get(shape, "") for shape in shapes) + " |" for call, own in cells.items()),
-    ]
+    lines = table(
+        ("", *(f"{tokens:,} x {head_dim}" for tokens, head_dim in shapes)),
+        ((call, *(own.get(shape, "") for shape in shapes)) for call, own in cells.items()),
+    )
     first = records[0]
     return [
         *lines,
@@ -79,10 +73,7 @@ def counters_table(records: list[dict]) -> list[str]:
         "fma_busy": "FMA busy (%)",
     }
     heads = [f"{item['precision']}, D {item['head_dim']}, {item['block_q']} x 64" for item in records]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(records)]
-    lines += [
-        "| " + " | ".join((shown, *(f"{item[name]:.4g}" for item in records))) + " |" for name, shown in names.items()
-    ]
+    lines = table(("", *heads), ((shown, *(f"{item[name]:.4g}" for item in records)) for name, shown in names.items()))
     shapes = "; ".join(f"{item['heads']} heads of {item['tokens']:,} tokens" for item in records)
     return [*lines, "", f"Density {records[0]['density']}; {shapes}. {surroundings(records[0])}."]
 
@@ -96,11 +87,12 @@ def trials_table(records: list[dict]) -> list[str]:
         for density, milliseconds in record["forward_ms"].items():
             row.setdefault(density, []).append(milliseconds)
     works = list(dict.fromkeys(work for work, _ in rows))
-    lines = ["| | kernel | density 0.3 (ms) | dense (ms) |", "|---|---|---|---|"]
+    shown = []
     for work, kind in sorted(rows, key=lambda row: works.index(row[0])):
         cells = rows[work, kind]
-        shown = (f"{min(cells[density]):.2f}" if density in cells else "" for density in ("0.3", "1"))
-        lines.append(f"| {work} | {kind} | " + " | ".join(shown) + " |")
+        best = (f"{min(cells[density]):.2f}" if density in cells else "" for density in ("0.3", "1"))
+        shown.append((work, kind, *best))
+    lines = table(("", "kernel", "density 0.3 (ms)", "dense (ms)"), shown)
     return [*lines, "", f"The fastest setting of each, by density. {surroundings(records[0])}."]
 
 
@@ -119,15 +111,16 @@ def correctness_table(records: list[dict]) -> list[str]:
     groups: dict[str, list[dict]] = {}
     for record in records:
         groups.setdefault(_subject(record["variant"]), []).append(record)
-    lines = ["| | checks | passed | largest error | share of the limit |", "|---|---|---|---|---|"]
+    rows = []
     for name, own in groups.items():
         worst = max(own, key=lambda record: record["error"])
         share = max(
             record["error"] / record["limit"] if record["limit"] else float(record["error"] > 0) for record in own
         )
         passed = sum(record["passed"] for record in own)
-        lines.append(f"| {name} | {len(own)} | {passed} | {worst['error']:.1e} | {share:.2f} |")
+        rows.append((name, f"{len(own)}", f"{passed}", f"{worst['error']:.1e}", f"{share:.2f}"))
     first = records[0]
+    lines = table(("", "checks", "passed", "largest error", "share of the limit"), rows)
     return [*lines, "", f"Errors are relative, in L2. {surroundings(first)}."]
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    heads = list(heads)
+    return [_row(heads), "|" + "---|" * len(heads), *map(_row, rows)]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
 
 def evaluation_table(records: list[dict]) -> list[str]:
-    lines = [
-        "| variant | density | PSNR (dB) | SSIM | cosine similarity | transformer |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for record in records:
         psnr = f"{record['psnr']:.2f} ± {record['psnr_spread']:.2f}"
         ssim = f"{record['ssim']:.4f} ± {record['ssim_spread']:.4f}"
         cosine = f"{record['cosine']:.4f} ± {record['cosine_spread']:.4f}"
         speed = f"{record['speed_up']:.2f}x"
-        lines.append(f"| {record['variant']} | {record['density']:.3f} | {psnr} | {ssim} | {cosine} | {speed} |")
+        rows.append((record["variant"], f"{record['density']:.3f}", psnr, ssim, cosine, speed))
     first = records[0]
     steps = first["settings"]["num_inference_steps"]
     return [
-        *lines,
+        *table(("variant", "density", "PSNR (dB)", "SSIM", "cosine similarity", "transformer"), rows),
         "",
         f"Mean ± standard deviation over {len(first['pairs'])} prompt/seed pairs; last column: median of the paired "
         f"ratios of time in the transformer to full attention; {first['grid']}, {steps} steps; {surroundings(first)}.",
@@ -37,12 +46,13 @@ def attention_table(records: list[dict]) -> list[str]:
             cell = f"{record['median_ms']:.0f} ms"
         key = (name, record["density"])
         rows.setdefault(key, {})[record["tokens"], record["heads"], record["head_dim"]] = cell
-    lines = [
-        "| | density | " + " | ".join(f"{tokens:,} x {dim}" for tokens, _, dim in shapes) + " |",
-        "|---|---|" + "---|" * len(shapes),
-    ]
-    for (name, density), cells in rows.items():
-        lines.append(f"| {name} | {density:g} | " + " | ".join(cells.get(shape, "") for shape in shapes) + " |")
+    lines = table(
+        ("", "density", *(f"{tokens:,} x {dim}" for tokens, _, dim in shapes)),
+        (
+            (name, f"{density:g}", *(cells.get(shape, "") for shape in shapes))
+            for (name, density), cells in rows.items()
+        ),
+    )
     first = shown[0]
     backend = next(record["backend"] for record in shown if record["backend"])
     heads = ", ".join(f"{tokens:,} tokens: {heads} heads" for tokens, heads in dict(s[:2] for s in shapes).items())
@@ -66,20 +76,18 @@ def compensation_table(records: list[dict]) -> list[str]:
     heads = (
         f"{density:g}, {precision.upper() if precision == 'int8' else precision}" for density, precision in columns
     )
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    rows = []
     for (backend, tokens, head_dim), cells in sorted(times.items()):
         ratios = (f"{cells[(*column, True)] / cells[(*column, False)]:.2f}" for column in columns)
-        lines.append(f"| `{backend}`, {tokens:,} x {head_dim} | " + " | ".join(ratios) + " |")
+        rows.append((f"`{backend}`, {tokens:,} x {head_dim}", *ratios))
     rounds = sorted({record["rounds"] for record in records})
-    return [*lines, "", f"Ratios of medians of {rounds[0]} to {rounds[-1]} interleaved rounds."]
+    return [*table(("", *heads), rows), "", f"Ratios of medians of {rounds[0]} to {rounds[-1]} interleaved rounds."]
 
 
 def model_table(records: list[dict]) -> list[str]:
     """A row per contender of each model."""
-    lines = [
-        "| model | tokens | layers | attention | density | step | x own | x fastest dense | share of attention |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("model", "tokens", "layers", "attention", "density", "step", "x own", "x fastest dense")
+    rows = []
     for record in records:
         name = record["method"] + ("" if record["plan"] is None else f" {record['precision']}")
         cells = (
@@ -93,10 +101,10 @@ def model_table(records: list[dict]) -> list[str]:
             f"{record['times_dense']:.2f}x",
             f"{record['attention_share']:.0%}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     first = records[0]
     return [
-        *lines,
+        *table((*heads, "share of attention"), rows),
         "",
         f"One step of the transformer in {first['dtype']}, weights: {first['weights']}. Median of {first['rounds']} "
         "interleaved rounds; speed is the median of the rounds' ratios. The share is that of the kernels of "
@@ -111,10 +119,13 @@ def ablation_table(records: list[dict]) -> list[str]:
     for record in records:
         rows.setdefault(record["method"], {})[record["asked_density"], record["precision"]] = record
     heads = [f"{density:g}" + ("" if precision == "exact" else f" + {precision}") for density, precision in places]
-    lines = ["| PSNR (dB) | " + " | ".join(heads) + " |", "|---|" + "---|" * len(places)]
-    for method, cells in rows.items():
-        shown = [_with_gain(cells[place], method) if place in cells else "" for place in places]
-        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    lines = table(
+        ("PSNR (dB)", *heads),
+        (
+            (method, *(_with_gain(cells[place], method) if place in cells else "" for place in places))
+            for method, cells in rows.items()
+        ),
+    )
     first = records[0]
     return [
         *lines,
@@ -136,13 +147,19 @@ def _with_gain(record: dict, method: str) -> str:
 
 def closeness_table(records: list[dict]) -> list[str]:
     """The columns of the paper's table 1 that compare with full attention."""
-    lines = ["| method | density | precision | PSNR (dB) | SSIM | CosSim |", "|---|---|---|---|---|---|"]
-    for record in records:
-        cells = [f"{record[name]:.{digits}f}" for name, digits in (("psnr", 2), ("ssim", 4), ("cosine", 4))]
-        lines.append(
-            f"| {record['method']} | {record['density']:.3f} | {record['precision']} | " + " | ".join(cells) + " |"
-        )
-    return lines
+    digits = {"psnr": 2, "ssim": 4, "cosine": 4}
+    return table(
+        ("method", "density", "precision", "PSNR (dB)", "SSIM", "CosSim"),
+        (
+            (
+                record["method"],
+                f"{record['density']:.3f}",
+                record["precision"],
+                *(f"{record[name]:.{count}f}" for name, count in digits.items()),
+            )
+            for record in records
+        ),
+    )
 
 
 def surroundings(record: dict) -> str:
