@@ -1,4 +1,4 @@
-"""Compile the shipped Triton kernels ahead of time, without a GPU, and say what the compilers made of them.
+"""Compile the shipped kernels ahead of time, without a GPU, and say what the compilers made of them.
 
     python benchmarks/triton_kernels.py                  # every target's kernels in the common formats
     python benchmarks/triton_kernels.py --target sm90    # of one target
@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paroattn.ops import triton_block_sums, triton_configs, triton_forward, triton_prologue, triton_skip_cost
+from paroattn.block_mask import BLOCK
+from paroattn.ops import hopper, triton_block_sums, triton_configs, triton_forward, triton_prologue, triton_skip_cost
 from paroattn.ops.triton_configs import SHARED_MEMORY, TARGETS, Config, Kind
 
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -133,14 +135,19 @@ def describe(compiled: Any, scores: float | None = None) -> Compiled:
         numbers = {name: int(re.search(rf"\.{name}:?\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
         matrix = collections.Counter(re.findall(r"\bv_mfma_[a-z0-9]+", text))
         return Compiled(numbers["vgpr_count"], numbers["vgpr_spill_count"], shared, dict(matrix))
+    return describe_machine_code(compiled.asm["cubin"], shared, scores)
+
+
+def describe_machine_code(code: bytes, shared: int, scores: float | None = None) -> Compiled:
+    """`describe` for NVIDIA's."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(code)
         file.flush()
-        usage, code = (
+        usage, listing = (
             subprocess.run([_NVIDIA_TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True)
             for flag in ("--dump-resource-usage", "-sass")
         )
-    found = [match.groups() for match in map(_INSTRUCTION.match, code.stdout.splitlines()) if match]
+    found = [match.groups() for match in map(_INSTRUCTION.match, listing.stdout.splitlines()) if match]
     instructions = [(int(address, 16), name, rest) for address, name, rest in found]
     names = [name for _, name, _ in instructions]
     matrix = collections.Counter(name.split(".")[0] for name in names if _is_matrix(name))
@@ -186,6 +193,12 @@ def forward_report(target: str, kind: Kind, config: Config, **variant: bool) -> 
     return describe(compile_forward(target, kind, config, **variant), per_thread)
 
 
+def hopper_report(head_dim: int, pv: str) -> Compiled:
+    """hopper_forward.cu; its main loop's instructions are those of a step of two blocks, with both ways to copy."""
+    code = hopper.compiled(head_dim, pv, torch.bfloat16)
+    return describe_machine_code(code, hopper.shared_bytes(head_dim, pv), BLOCK * 2 * BLOCK / hopper.THREADS)
+
+
 def faults(target: str, kind: Kind, report: Compiled) -> list[str]:
     """What of a compiled forward may not be shipped."""
     found = []
@@ -218,14 +231,17 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     size = {"HEAD_DIM": head_dim, "D": head_dim}
     rotary = {"cos_ptr": None, "sin_ptr": None, "ROTARY": None}
     int8 = {"QK": "int8", "PV": "int8", "SWAPPED": True}
+    record = hopper.record_bytes(head_dim, "int8")
+    statistics = {"CHUNK": 512, "K_CHUNK": 128, "TILE": 2048 // head_dim}
     return {
-        "partial_statistics": (triton_prologue.partial_statistics, size | {"CHUNK": 512, "TILE": 32}),
+        "partial_statistics": (triton_prologue.partial_statistics, size | statistics),
         "channel_statistics": (triton_prologue.channel_statistics, {"D": head_dim, "PV": "int8", "CHUNKS": 256}),
-        "pack_query": (triton_prologue.pack_query, size | rotary | {"QK": "int8"}),
-        "pack_key_value": (triton_prologue.pack_key_value, size | rotary | int8),
-        "pack_means": (triton_prologue.pack_means, {"D": head_dim} | int8),
+        "pack_query": (triton_prologue.pack_query, size | rotary | {"QK": "int8", "RECORD": 0}),
+        "pack_key_value": (triton_prologue.pack_key_value, size | rotary | int8 | {"RECORD": 0}),
+        "pack_key_value, records": (triton_prologue.pack_key_value, size | rotary | int8 | {"RECORD": record}),
+        "pack_means": (triton_prologue.pack_means, {"D": head_dim} | int8 | {"RECORD": 0}),
         "kept_lists": (triton_prologue.kept_lists, {"COLUMNS": 512}),
-        "schedule": (triton_prologue.schedule, {"ROWS": 512, "TILE": 64}),
+        "schedule": (triton_prologue.schedule, {"ROWS": 512, "TILE": 64, "SLOTS": 8}),
         "attend_rows": (triton_skip_cost.attend_rows, {"D": head_dim}),
         "block_costs": (triton_skip_cost.block_costs, {"D": head_dim}),
         "kept_errors": (triton_skip_cost.kept_errors, {"D": head_dim}),
@@ -235,6 +251,7 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 _COMMON = (("int8", "int8"), ("int8", "fp8"), ("16", "16"))
+_PV = ("int8", "fp8")  # of hopper_forward.cu
 _VARIANTS = ({}, {"sparse": False}, {"compensate": True}, {"biased": True})
 
 
@@ -246,6 +263,8 @@ def jobs(targets: Sequence[str], everything: bool) -> list[tuple[str, Any, dict[
             if everything or (kind.qk, kind.pv) in _COMMON:
                 found += [(target, kind, variant) for variant in (_VARIANTS if everything else _VARIANTS[:1])]
         found += [(target, (name, head_dim), {}) for head_dim in (64, 128) for name in other_kernels(head_dim)]
+        if target == "sm90" and hopper.unavailable() is None:
+            found += [(target, (f"hopper_forward.cu int8/{pv}", head_dim), {}) for head_dim in (64, 128) for pv in _PV]
     return found
 
 
@@ -267,6 +286,11 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         name = f"{what.block_q:3d} x 64  {what.qk:>4}/{what.pv:<4}  {settings}"
         name += "".join(f", {key} {value}" for key, value in variant.items())
         wrong, head_dim = faults(target, what, report), what.head_dim
+    elif what[0].startswith("hopper_forward.cu"):
+        name, head_dim = what
+        pv = name.rpartition("/")[2]
+        report = hopper_report(head_dim, pv)
+        wrong = faults(target, Kind(head_dim, BLOCK, "int8", pv), report)
     else:
         (kernel, head_dim) = what
         function, constants = other_kernels(head_dim)[kernel]
@@ -309,7 +333,12 @@ def floors() -> None:
         scores = work.batch * work.heads * work.tokens**2
         for qk, pv in (("16", "16"), ("int8", "16"), ("int8", "int8"), ("int8", "fp8")):
             kind = Kind(work.head_dim, 128 if work.head_dim == 64 else 64, qk, pv)
-            per_score = forward_report("sm90", kind, triton_configs.config("sm90", kind)).per_score or 0.0
+            in_cuda = qk == "int8" and pv in _PV and hopper.unavailable() is None
+            if in_cuda:
+                report = hopper_report(work.head_dim, pv)
+            else:
+                report = forward_report("sm90", kind, triton_configs.config("sm90", kind))
+            per_score = report.per_score or 0.0
             matrix = sum(2 * scores * work.head_dim / _MATRIX_RATE[width] for width in (qk, pv))
             terms = {
                 "matrix": matrix,
@@ -317,7 +346,8 @@ def floors() -> None:
                 "issue": scores * per_score / (128 * _SMS * _CLOCK),
             }
             times = "  ".join(f"{key} {1e3 * value:6.2f} ({300 * value:5.2f})" for key, value in terms.items())
-            name = f"{work.name:12} D {work.head_dim:3} {kind.block_q:3} x 64 {qk:>4}/{pv:<4}"
+            rows = BLOCK if in_cuda else kind.block_q
+            name = f"{work.name:12} D {work.head_dim:3} {rows:3} x 64 {qk:>4}/{pv:<4}{' in CUDA' if in_cuda else '':8}"
             print(f"{name} {per_score:5.2f} instructions  {times}")
 
 

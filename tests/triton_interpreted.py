@@ -15,9 +15,18 @@ from paroattn import BlockMask, LayerPlan, Precision, TokenGrid, prepare
 from paroattn.block_mask import pack_bits, text_blocks
 from paroattn.calibration import statistics
 from paroattn.calibration.kernels import skip_costs_of_heads
-from paroattn.ops import reference, triton_attention, triton_calibration, triton_configs, triton_launch
+from paroattn.ops import (
+    hopper,
+    reference,
+    triton_attention,
+    triton_calibration,
+    triton_configs,
+    triton_launch,
+    triton_pack,
+)
 from paroattn.ops.prepared import choose_for_layer
 from paroattn.ops.triton_configs import Config, Kind
+from paroattn.ops.triton_pack import Call
 
 LENGTHS = [1, 63, 64, 65, 200, 333]
 PRECISIONS = ["exact", "int8", "int8/exact", "exact/int8", "int8/fp8"]
@@ -345,3 +354,58 @@ def test_what_it_does_not_do_is_named(dtype, settings, message):
     query, key, value = inputs(10, dtype=dtype)
     with pytest.raises(ValueError, match=message):
         paroattn.attention(query, key, value, backend="triton", **settings)
+
+
+@pytest.mark.parametrize("pv", ["int8", "fp8"])
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_records_hold_what_the_other_forward_reads(head_dim, pv):
+    """hopper_forward.cu reads the same blocks in other places; means of blocks are packed as they are."""
+    tokens, heads = 200, 2
+    query, key, value = half(inputs(tokens, heads=heads, head_dim=head_dim, batch=2))
+    mask = BlockMask.from_dense(masks(heads, tokens), tokens)
+    width = 64 if head_dim <= 64 else 128
+    order = permutations(heads, tokens).int()
+    compensate = torch.ones(heads, dtype=torch.uint8)
+    call = Call(query, key, value, order, mask.bits, 64, compensate, None, (None, None), None, 0.2, width, "sm90")
+    partial = triton_pack.partial_statistics(call)
+    plain, packed = (
+        triton_pack.pack(call, triton_pack.heads_of(call, (0, 1), "int8", pv, on_hopper), partial)
+        for on_hopper in (False, True)
+    )
+
+    def rows(stored):
+        """[blocks, 64, width] from [blocks, 8, width / 16, 8, 16]."""
+        return stored.view(-1, 8, width // 16, 8, 16).transpose(2, 3).reshape(-1, 64, width)
+
+    # Programs of 128 queries have one block more at the end.
+    blocks = query.shape[0] * heads
+    queries = plain.queries.view(blocks, -1, 64, width)[:, :4].reshape(-1, 64, width)
+    assert torch.equal(rows(packed.queries), queries)
+    ones = 8 if (pv, width) == ("fp8", 64) else 0
+    record, scale = hopper.record_bytes(width, pv), hopper.scale_offset(width, pv)
+    for stored, keys, values, k_scale in (
+        (packed.keys, plain.keys, plain.values, plain.k_scale),
+        (packed.mean_keys, plain.mean_keys, plain.mean_values, plain.mean_k_scale),
+    ):
+        records = stored.view(-1, record)
+        assert torch.equal(rows(records[:, : 64 * width].contiguous()), keys.view(-1, 64, width))
+        channels = records[:, 64 * width : scale].reshape(-1, 4, width + ones, 16).transpose(1, 2)
+        assert torch.equal(channels[:, :width].reshape(-1, width, 64), values.view(torch.int8).view(-1, width, 64))
+        if ones:
+            assert (channels[:, width:].contiguous().view(torch.float8_e4m3fn).float() == 1).all()
+        scales = records[:, scale : scale + 16].contiguous().view(torch.float32)
+        assert torch.equal(scales, k_scale.view(-1, 1).expand(-1, 4))
+
+
+def test_lists_can_be_read_on_where_they_end():
+    """The forwards read numbers ahead: of the last row beyond the list, and beyond that for each block of means."""
+    tokens = 64 * 66
+    query, key, value = half(inputs(tokens, heads=1, head_dim=8))
+    mask = BlockMask.from_dense(torch.ones(1, 66, 66, dtype=torch.bool), tokens)
+    compensate = torch.ones(1, dtype=torch.uint8)
+    call = Call(query, key, value, None, mask.bits, 64, compensate, None, (None, None), None, 0.2, 64, "sm90")
+    lists = triton_pack.kept_lists(call, triton_pack.heads_of(call, (0,), "int8", "int8", True))
+    steps = (66 + 1) // 2 + call.mean_blocks
+    assert lists.indices.numel() > 65 * 66 + 2 * (steps + hopper.STAGES) + 1
+    assert torch.equal(lists.indices[: 66 * 66].view(66, 66), torch.arange(66).int().expand(66, 66))
+    assert triton_pack.all_blocks(66, query.device).numel() > 2 * ((66 + 1) // 2 + hopper.STAGES) + 1

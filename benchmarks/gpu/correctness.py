@@ -1,4 +1,4 @@
-"""Every shipped variant of the Triton kernels on a GPU against float64: run it first on a new kind of GPU.
+"""Every shipped variant of the GPU's kernels against float64: run it first on a new kind of GPU.
 
 python benchmarks/gpu/correctness.py [--quick] [--output FILE.jsonl]
 
@@ -9,6 +9,7 @@ do. A kernel may err twice as much as the reference, and by what rounding its ou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration import skip_cost, statistics
 from paroattn.calibration.kernels import skip_costs_of_heads
 from paroattn.evaluation.records import environment, write_records
-from paroattn.ops import reference, triton_attention, triton_calibration
+from paroattn.ops import hopper, reference, triton_attention, triton_calibration
 
 DEVICE = torch.device("cuda")
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of the output; of products and P in 16 bits, too
@@ -46,13 +48,14 @@ class Variant:
     tokens: int = 1777
     heads: int = 2
     batch: int = 2
+    kernel: str = "own"  # what a call takes, or "triton": not hopper_forward.cu
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.precision:10} D {self.head_dim:3} {self.block_q:3} x 64 {dtype:8} {self.inputs:6} {self.mask:11} "
             f"B {self.batch} H {self.heads} N {self.tokens:6,}"
-        )
+        ) + ("" if self.kernel == "own" else f" {self.kernel}")
 
 
 def variants(quick: bool) -> Iterator[Variant]:
@@ -61,7 +64,10 @@ def variants(quick: bool) -> Iterator[Variant]:
         for block_q in (64, 128):
             for precision in PRECISIONS:
                 for mask in ("dense", "sparse", "compensated", "hidden keys"):
-                    yield Variant(precision, head_dim, block_q, torch.bfloat16, mask=mask)
+                    variant = Variant(precision, head_dim, block_q, torch.bfloat16, mask=mask)
+                    yield variant
+                    if precision in ("int8", "int8/fp8"):
+                        yield replace(variant, kernel="triton")
     for precision in PRECISIONS:
         for inputs in KINDS[1:]:
             yield Variant(precision, 64, 128, torch.bfloat16, inputs, "compensated")
@@ -156,8 +162,11 @@ def check(variant: Variant) -> dict[str, Any]:
     """The record of one variant."""
     tensors, given = tensors_of(variant), arguments_of(variant)
     exact = exact_output(tensors, given)
-    output, _ = triton_attention.attend(*tensors, **given)
-    again, _ = triton_attention.attend(*tensors, **given)
+    with contextlib.ExitStack() as stack:
+        if variant.kernel == "triton":
+            stack.enter_context(mock.patch.object(hopper, "takes", return_value=False))
+        output, _ = triton_attention.attend(*tensors, **given)
+        again, _ = triton_attention.attend(*tensors, **given)
     error, own = relative_error(output, exact), reference_error(variant)
     limit = 2 * own + ROUNDING[variant.dtype]
     if variant.precision.endswith("fp8"):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, BlockMask
+from paroattn.ops import hopper
 from paroattn.ops.triton_configs import FP8_TARGETS, TARGETS, target_of
 from paroattn.quantize import PQuantization, Precision
 
@@ -58,12 +59,16 @@ _missing = _why_missing()
 
 
 def describe() -> str:
-    """The version of Triton and the GPU."""
+    """The version of Triton, the GPU and, on Hopper, whether its own kernel is used."""
     import triton
 
     if INTERPRETED:
         return f"Triton {triton.__version__}, interpreted"
-    return f"Triton {triton.__version__}, {torch.cuda.get_device_name()}"
+    found = f"Triton {triton.__version__}, {torch.cuda.get_device_name()}"
+    if target_of(torch.device("cuda")) != "sm90":
+        return found
+    missing = hopper.unavailable()
+    return f"{found}, {'CUDA for int8' if missing is None else f'without CUDA for int8 ({missing})'}"
 
 
 def unavailable() -> str | None:

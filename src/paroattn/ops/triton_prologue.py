@@ -1,7 +1,8 @@
 """What comes before the attention forward, in Triton: statistics, packed keys and values, lists of kept blocks.
 
-`partial_statistics` reads k and v once; `pack_query` and `pack_key_value` read q, k and v in each head's order and
-write what the forward reads. Packed blocks of 64 tokens stand one after the other, padded with zeros.
+`partial_statistics` reads v and some of k once; `pack_query` and `pack_key_value` read q, k and v in each head's order
+and write what the forward reads. Packed blocks of 64 tokens stand one after the other, padded with zeros. RECORD is 0
+for `triton_forward`; for `hopper`, it is the bytes from one block to the next, with keys, values and scale.
 """
 
 import inspect
@@ -25,6 +26,7 @@ from paroattn.ops.triton_rows import (
 
 _SIZES = {
     "tokens",
+    "k_tokens",
     "heads",
     "kv_heads",
     "group",
@@ -46,25 +48,29 @@ def _kernel(function: Callable[..., Any]) -> Any:
 @_kernel
 def partial_statistics(
     k_ptr, v_ptr, partial_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, kv_heads, tokens,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, K_CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums of k and v, least and largest v of CHUNK tokens, per channel; grid (chunks, B * H_kv).
 
-    TILE tokens are under way at a time. partial: float32 [B * H_kv, 4, chunks, D].
+    Of k, only the first K_CHUNK tokens of each chunk: any vector may be taken out of all keys without changing the
+    softmax, and one near their mean does. TILE tokens are added at a time. partial: float32 [B * H_kv, 4, chunks, D].
     """
     head = tl.program_id(1)
     chunks = tl.num_programs(0)
     b, h = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
     channel = tl.arange(0, D)
     k_start, v_start = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    first = tl.program_id(0) * CHUNK + tl.arange(0, TILE)
     k_sum = tl.zeros([TILE, D], tl.float32)
+    for start in tl.range(0, K_CHUNK, TILE):
+        token = first + start
+        k_sum += load_rows(k_start, stride_kn, token, token < tokens, None, None, HEAD_DIM, D, None)
     v_sum = tl.zeros([TILE, D], tl.float32)
     least = tl.full([TILE, D], float("inf"), tl.float32)
     largest = tl.full([TILE, D], float("-inf"), tl.float32)
-    for start in range(0, CHUNK, TILE):
-        token = tl.program_id(0) * CHUNK + start + tl.arange(0, TILE)
+    for start in tl.range(0, CHUNK, TILE, num_stages=4):
+        token = first + start
         valid = token < tokens
-        k_sum += load_rows(k_start, stride_kn, token, valid, None, None, HEAD_DIM, D, None)
         v = load_rows(v_start, stride_vn, token, valid, None, None, HEAD_DIM, D, None)
         v_sum += v
         least = tl.minimum(least, tl.where(valid[:, None], v, float("inf")))
@@ -78,12 +84,12 @@ def partial_statistics(
 
 @_kernel
 def channel_statistics(
-    partial_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr, tokens, chunks,
+    partial_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr, tokens, k_tokens, chunks,
     D: tl.constexpr, PV: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Mean of k, mean of v and scale of v - mean per channel from the chunks; grid (B * H_kv,), each [B * H_kv, D].
 
-    CHUNKS is a power of two, at least `chunks`.
+    k_tokens is how many keys were added up; CHUNKS a power of two, at least `chunks`.
     """
     head = tl.program_id(0)
     chunk, channel = tl.arange(0, CHUNKS), tl.arange(0, D)
@@ -95,34 +101,58 @@ def channel_statistics(
     largest = tl.max(tl.load(partial_ptr + 3 * chunks * D, mask=there, other=float("-inf")), 0)
     v_mean = v_sum / tokens
     farthest = tl.maximum(largest - v_mean, v_mean - least)
-    tl.store(k_mean_ptr + head * D + channel, k_sum / tokens)
+    tl.store(k_mean_ptr + head * D + channel, k_sum / k_tokens)
     tl.store(v_mean_ptr + head * D + channel, v_mean)
     tl.store(v_scale_ptr + head * D + channel, tl.maximum(farthest / (FP8_MAX if PV == "fp8" else INT8_MAX), TINY))
 
 
 @triton.jit
-def _store_rows(tile_ptr, x, D: tl.constexpr):
-    row, channel = tl.arange(0, BLOCK_KV), tl.arange(0, D)
-    tl.store(tile_ptr + row[:, None] * D + channel[None, :], x.to(tile_ptr.dtype.element_ty))
+def _store_rows(tile_ptr, x, D: tl.constexpr, RECORD: tl.constexpr):
+    """Queries or keys [64, D]; with RECORD as hopper_forward.cu wants them, in pieces of 8 rows by 16 channels."""
+    row, channel = tl.arange(0, BLOCK_KV)[:, None], tl.arange(0, D)[None, :]
+    at = row * D + channel
+    if RECORD > 0:
+        at = row // 8 * (8 * D) + channel // 16 * 128 + row % 8 * 16 + channel % 16
+    tl.store(tile_ptr + at, x.to(tile_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _store_values(values_ptr, v, D: tl.constexpr, PV: tl.constexpr):
-    """Values [64, D] float32, scaled already, rounded; 8-bit ones transposed."""
-    row, channel = tl.arange(0, BLOCK_KV), tl.arange(0, D)
+def _store_values(values_ptr, v, D: tl.constexpr, PV: tl.constexpr, RECORD: tl.constexpr):
+    """Values [64, D] float32, scaled already, rounded; 8-bit ones transposed, with RECORD 16 tokens at a time.
+
+    Records of fp8 with D 64 have eight channels more: ones.
+    """
+    row, channel = tl.arange(0, BLOCK_KV)[None, :], tl.arange(0, D)[:, None]
+    at = channel * BLOCK_KV + row
+    if RECORD > 0:
+        ONES: tl.constexpr = 8 if PV == "fp8" and D == 64 else 0
+        piece = row // 16 * (16 * (D + ONES)) + row % 16
+        at = piece + channel * 16
+        if ONES > 0:
+            ones = tl.full([ONES, BLOCK_KV], 1.0, tl.float32).to(values_ptr.dtype.element_ty)
+            tl.store(values_ptr + piece + (D + tl.arange(0, ONES)[:, None]) * 16, ones)
     if PV == "int8":
-        tl.store(values_ptr + channel[:, None] * BLOCK_KV + row[None, :], tl.trans(to_int8(v)))
+        tl.store(values_ptr + at, tl.trans(to_int8(v)))
     elif PV == "fp8":
-        tl.store(values_ptr + channel[:, None] * BLOCK_KV + row[None, :], tl.trans(v).to(values_ptr.dtype.element_ty))
+        tl.store(values_ptr + at, tl.trans(v).to(values_ptr.dtype.element_ty))
     else:
-        tl.store(values_ptr + row[:, None] * D + channel[None, :], v.to(values_ptr.dtype.element_ty))
+        tl.store(values_ptr + tl.trans(row) * D + tl.trans(channel), v.to(values_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _store_scale(k_scale_ptr, at, scale, RECORD: tl.constexpr):
+    """The scale of block `at` of the keys; with RECORD four times at the record's end."""
+    if RECORD > 0:
+        tl.store(k_scale_ptr + at * (RECORD // 4) + tl.arange(0, 4), scale)
+    else:
+        tl.store(k_scale_ptr + at, scale)
 
 
 @_kernel
 def pack_query(
     q_ptr, heads_ptr, order_ptr, cos_ptr, sin_ptr, k_mean_ptr, queries_ptr, q_factor_ptr, lse_shift_ptr,
     stride_qb, stride_qh, stride_qn, scale, heads, group, tokens, slots,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, ROTARY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, ROTARY: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """64 queries of one head, gathered, quantised, written; grid (q tiles of 64, B * slots).
 
@@ -153,7 +183,7 @@ def pack_query(
         tl.store(q_factor_ptr + at, q_scale * (size * LOG2_E))
     else:
         tl.store(q_factor_ptr + at, size * LOG2_E)
-    _store_rows(queries_ptr + at * BLOCK_KV * D, q, D)
+    _store_rows(queries_ptr + at * BLOCK_KV * D, q, D, RECORD)
 
 
 @_kernel
@@ -164,7 +194,7 @@ def pack_key_value(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, group, tokens, slots, kv_blocks,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, ROTARY: tl.constexpr,
-    SWAPPED: tl.constexpr,
+    SWAPPED: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and values of one head, gathered, quantised, written; grid (kv_blocks, B * slots).
 
@@ -179,6 +209,7 @@ def pack_key_value(
     kv_head = b * (heads // group) + h // group
     row, channel = tl.arange(0, BLOCK_KV), tl.arange(0, D)
     at = (packed * kv_blocks + block).to(tl.int64)
+    STRIDE: tl.constexpr = RECORD if RECORD > 0 else BLOCK_KV * D
 
     position = block * BLOCK_KV + stored_token(row, SWAPPED)
     valid = position < tokens
@@ -194,10 +225,10 @@ def pack_key_value(
     if QK == "int8":
         k = tl.where(valid[:, None], k - tl.load(k_mean_ptr + kv_head * D + channel)[None, :], 0.0)
         values, scale = quantize_tile(k)
-        _store_rows(keys_ptr + at * BLOCK_KV * D, values, D)
-        tl.store(k_scale_ptr + at, scale)
+        _store_rows(keys_ptr + at * STRIDE, values, D, RECORD)
+        _store_scale(k_scale_ptr, at, scale, RECORD)
     else:
-        _store_rows(keys_ptr + at * BLOCK_KV * D, k, D)
+        _store_rows(keys_ptr + at * STRIDE, k, D, RECORD)
     if block_k_ptr is not None:
         count = tl.sum(shown.to(tl.float32), 0)
         tl.store(block_count_ptr + at, count)
@@ -214,7 +245,7 @@ def pack_key_value(
     if PV == "int8" or PV == "fp8":
         v = tl.where(valid[:, None], v - tl.load(v_mean_ptr + kv_head * D + channel)[None, :], 0.0)
         scaled = v / tl.load(v_scale_ptr + kv_head * D + channel)[None, :]
-    _store_values(values_ptr + at * BLOCK_KV * D, scaled, D, PV)
+    _store_values(values_ptr + at * STRIDE, scaled, D, PV, RECORD)
     if block_v_ptr is not None:
         shown = valid
         if key_mask_ptr is not None:
@@ -227,7 +258,7 @@ def pack_key_value(
 def pack_means(
     block_k_ptr, block_v_ptr, block_count_ptr, heads_ptr, v_scale_ptr,
     keys_ptr, k_scale_ptr, values_ptr, values_scale_ptr, bias_ptr, heads, group, slots, kv_blocks,
-    D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, SWAPPED: tl.constexpr,
+    D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, SWAPPED: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """64 mean tokens as one packed block; grid (mean_blocks, B * slots).
 
@@ -239,6 +270,7 @@ def pack_means(
     packed = tl.program_id(1)
     row, channel = tl.arange(0, BLOCK_KV), tl.arange(0, D)
     at = (packed * tl.num_programs(0) + block).to(tl.int64)
+    STRIDE: tl.constexpr = RECORD if RECORD > 0 else BLOCK_KV * D
     kv_block = block * BLOCK_KV + stored_token(row, SWAPPED)
     from_block = (packed * kv_blocks + kv_block).to(tl.int64)
     count = tl.load(block_count_ptr + from_block, mask=kv_block < kv_blocks, other=0.0)
@@ -248,10 +280,10 @@ def pack_means(
     )
     if QK == "int8":
         values, scale = quantize_tile(k)
-        _store_rows(keys_ptr + at * BLOCK_KV * D, values, D)
-        tl.store(k_scale_ptr + at, scale)
+        _store_rows(keys_ptr + at * STRIDE, values, D, RECORD)
+        _store_scale(k_scale_ptr, at, scale, RECORD)
     else:
-        _store_rows(keys_ptr + at * BLOCK_KV * D, k, D)
+        _store_rows(keys_ptr + at * STRIDE, k, D, RECORD)
 
     kv_block = block * BLOCK_KV + row
     from_block = (packed * kv_blocks + kv_block).to(tl.int64)
@@ -266,7 +298,7 @@ def pack_means(
         scale = tl.maximum(largest / (FP8_MAX if PV == "fp8" else INT8_MAX), TINY)
         tl.store(values_scale_ptr + at, scale)
         v = v / scale
-    _store_values(values_ptr + at * BLOCK_KV * D, v, D, PV)
+    _store_values(values_ptr + at * STRIDE, v, D, PV, RECORD)
 
 
 @_kernel
@@ -291,11 +323,14 @@ def kept_lists(
 
 
 @_kernel
-def schedule(counts_ptr, slots_ptr, rows_ptr, slots, q_blocks, ROWS: tl.constexpr, TILE: tl.constexpr):
+def schedule(
+    counts_ptr, slots_ptr, rows_ptr, slots, q_blocks, ROWS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr
+):
     """Rows of blocks of each slot, longest first, and the slots, heaviest first; grid (chunks of TILE rows, slots).
 
     counts int32 [slots, q_blocks] -> slots int32 [slots], rows int32 [slots, q_blocks]. The rows of a slot stay
-    together, so that its keys and values stay in the L2 cache. ROWS is a power of two, at least q_blocks and TILE.
+    together, so that its keys and values stay in the L2 cache. ROWS is a power of two, at least q_blocks and TILE;
+    SLOTS slots are compared at a time.
     """
     own = tl.program_id(1)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -316,7 +351,10 @@ def schedule(counts_ptr, slots_ptr, rows_ptr, slots, q_blocks, ROWS: tl.constexp
         exists = every_row < q_blocks
         total = tl.sum(tl.load(counts_ptr + own * q_blocks + every_row, mask=exists, other=0), 0)
         slot_rank = 0
-        for other in range(0, slots):
-            sum_of_other = tl.sum(tl.load(counts_ptr + other * q_blocks + every_row, mask=exists, other=0), 0)
-            slot_rank += ((sum_of_other > total) | ((sum_of_other == total) & (other < own))).to(tl.int32)
+        for start in range(0, slots, SLOTS):
+            other = start + tl.arange(0, SLOTS)
+            at = other[:, None] * q_blocks + every_row[None, :]
+            sums = tl.sum(tl.load(counts_ptr + at, mask=(other < slots)[:, None] & exists[None, :], other=0), 1)
+            before = (sums > total) | ((sums == total) & (other < own))
+            slot_rank += tl.sum((before & (other < slots)).to(tl.int32), 0)
         tl.store(slots_ptr + slot_rank, own)

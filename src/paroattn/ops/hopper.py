@@ -1,0 +1,141 @@
+"""The attention forward on Hopper: compiles hopper_forward.cu by NVRTC at its first use, and launches it.
+
+Both libraries, `cuda.bindings` and NVRTC, come with PyTorch's CUDA builds. Where they are missing, and for what this
+kernel does not do, `triton_forward` computes the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import BLOCK
+
+THREADS = 128
+STAGES = 2  # steps whose keys and values are in shared memory or on their way
+PROGRAMS = {64: 4, 128: 3}  # per multiprocessor, by head_dim; it limits the registers
+
+_POINTERS = (
+    "q records output lse heads order q_factor lse_shift v_mean v_scale bias slots rows counts indices "
+    "compensate mask mean_records mean_v_scale mean_bias"
+)
+_STRIDES = "stride_ob stride_oh stride_on stride_mask"
+_SIZES = "batch n_heads group tokens n_slots q_blocks parts kv_blocks mean_blocks mask_bytes head_dim"
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of the kernel, in its order."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _POINTERS.split()]
+        + [(name, ctypes.c_longlong) for name in _STRIDES.split()]
+        + [(name, ctypes.c_int) for name in _SIZES.split()]
+    )
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernel cannot be compiled here, or None if it can."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "cuda-bindings is not installed"
+    from cuda.bindings import nvrtc
+
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the library is not found
+        return str(error).splitlines()[0]
+    return None
+
+
+def takes(qk: str, pv: str, output: Tensor) -> bool:
+    """Whether the kernel does these formats and can write this output [B, H, N, D] in whole 16 bytes."""
+    aligned = output.shape[-1] % 8 == 0 and all(stride % 8 == 0 for stride in output.stride()[:3])
+    return qk == "int8" and pv in ("int8", "fp8") and output.dtype != torch.float32 and aligned
+
+
+def scale_offset(width: int, pv: str) -> int:
+    """Where the record of a packed block has the scale of its keys: after the keys, the values and, for fp8 with
+    head_dim 64, eight columns of ones.
+    """
+    return BLOCK * (2 * width + (8 if pv == "fp8" and width == 64 else 0))
+
+
+def record_bytes(width: int, pv: str) -> int:
+    """Bytes from one packed block to the next."""
+    return scale_offset(width, pv) + 128
+
+
+def shared_bytes(width: int, pv: str) -> int:
+    """Shared memory of a program: the stages, queries, a bias for two blocks, and barriers."""
+    return STAGES * 2 * record_bytes(width, pv) + BLOCK * width + 4 * 2 * BLOCK + 8 * (STAGES + 1)
+
+
+def launch(width: int, pv: str, programs: int, output: Tensor, **arguments: Tensor | int | None) -> None:
+    """Run so many programs, on the current stream; arguments are those of the kernel's `Arguments`."""
+    from cuda.bindings import driver
+
+    function = _function(output.device.index, width, pv, output.dtype)
+    addresses = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    filled = _Arguments(output=output.data_ptr(), **addresses)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(filled))
+    stream = torch.cuda.current_stream(output.device).cuda_stream
+    shared = shared_bytes(width, pv)
+    grid, block = (programs, 1, 1), (THREADS, 1, 1)
+    _checked(driver.cuLaunchKernel(function, *grid, *block, shared, stream, ctypes.addressof(parameters), 0))
+
+
+@functools.cache
+def _function(device: int, width: int, pv: str, dtype: torch.dtype) -> Any:
+    """The kernel, loaded on the current device, which is `device`."""
+    from cuda.bindings import driver
+
+    module = _checked(driver.cuModuleLoadData(compiled(width, pv, dtype)))
+    function = _checked(driver.cuModuleGetFunction(module, b"attention_forward"))
+    attribute = driver.CUfunction_attribute
+    for key, value in (
+        (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes(width, pv)),
+        (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # percent
+    ):
+        _checked(driver.cuFuncSetAttribute(function, key, value))
+    return function
+
+
+@functools.cache
+def compiled(width: int, pv: str, dtype: torch.dtype) -> bytes:
+    """The kernel's machine code for heads of 64 or 128 channels, "int8" or "fp8", and a 16-bit output."""
+    from cuda.bindings import nvrtc
+
+    source = (files("paroattn.ops") / "hopper_forward.cu").read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, b"hopper_forward.cu", 0, [], []))
+    defined = {
+        "D": width,
+        "PV_FP8": int(pv == "fp8"),
+        "OUT_BF16": int(dtype == torch.bfloat16),
+        "STAGES": STAGES,
+        "PROGRAMS": PROGRAMS[width],
+    }
+    options = [b"-arch=sm_90a", b"-std=c++17", b"-default-device"]
+    options += [f"-D{name}={value}".encode() for name, value in defined.items()]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"hopper_forward.cu does not compile: {log.decode()}")
+    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(code)
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a function of CUDA's returns beside its status, or `RuntimeError`."""
+    status, *values = answer
+    if status.value:
+        raise RuntimeError(f"the kernel of hopper_forward.cu: {status.name}")
+    return values[0] if values else None

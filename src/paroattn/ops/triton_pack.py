@@ -1,0 +1,365 @@
+"""Launches what comes before the attention forward (`triton_prologue`), and says what of it the forward reads."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from paroattn.block_mask import BLOCK, block_count
+from paroattn.ops import hopper, triton_prologue
+from paroattn.ops.triton_attention import INTERPRETED
+from paroattn.ops.triton_configs import Config, Kind, config, queries_per_program
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_CHUNK = 512  # tokens that one program of the statistics reads,
+_K_CHUNK = 128  # and how many of them for the mean of k, where there are many chunks
+_ROWS_AT_ONCE, _SLOTS_AT_ONCE = 64, 8  # rows of blocks that one program of the schedule ranks, and slots
+_READ_AHEAD = 16  # numbers that the forwards read beyond a list
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call: its tensors as `triton_attention.triton_attention` has them, and sizes.
+
+    Attributes:
+        order: int32 [H, N]; mask: uint8 [H, mask rows, bytes] with rows of mask_block_q queries; key_mask: uint8.
+        compensate: uint8 [H], None without a mask.
+        width: of a head inside the kernels, 64 or 128.
+        target: of `triton_configs`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    order: Tensor | None
+    mask: Tensor | None
+    mask_block_q: int
+    compensate: Tensor | None
+    key_mask: Tensor | None
+    angles: tuple[Tensor | None, Tensor | None]
+    rotary: str | None
+    scale: float
+    width: int
+    target: str
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.key.shape[1]
+
+    @property
+    def kv_blocks(self) -> int:
+        return block_count(self.tokens, BLOCK)
+
+    @property
+    def mean_blocks(self) -> int:
+        """Blocks of mean tokens, one of which stands for a block of keys."""
+        return 0 if self.compensate is None else block_count(self.kv_blocks, BLOCK)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.query.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The heads of one precision, which are launched together.
+
+    Attributes:
+        numbers: int32 [slots], their numbers among all.
+        block_q: queries per program; parts: programs per row of the mask; q_blocks: programs per head and batch item.
+        record: bytes from one packed block to the next for `hopper`, 0 for `triton_forward`.
+        config: of the Triton kernels.
+    """
+
+    numbers: Tensor
+    qk: str
+    pv: str
+    block_q: int
+    parts: int
+    q_blocks: int
+    record: int
+    config: Config
+
+    @property
+    def slots(self) -> int:
+        return len(self.numbers)
+
+
+def heads_of(call: Call, numbers: tuple[int, ...], qk: str, pv: str, on_hopper: bool) -> Heads:
+    mask_block_q = None if call.mask is None else call.mask_block_q
+    block_q = BLOCK if on_hopper else queries_per_program(call.width, mask_block_q, call.tokens)
+    parts = 1 if mask_block_q is None else mask_block_q // block_q
+    kind = Kind(call.width, block_q, _width_of(qk), _width_of(pv))
+    return Heads(
+        _on_device(numbers, call.query.device),
+        qk,
+        pv,
+        block_q,
+        parts,
+        block_count(call.tokens, block_q * parts) * parts,
+        hopper.record_bytes(call.width, pv) if on_hopper else 0,
+        config(call.target, kind, compensated=call.compensate is not None),
+    )
+
+
+@dataclass(eq=False)
+class Packed:
+    """What the forwards read, but for the lists; `triton_forward.attention_forward` has the shapes.
+
+    In records, keys holds everything of a block, and values and k_scale are views of it; so with the means.
+    """
+
+    queries: Tensor
+    q_factor: Tensor
+    lse_shift: Tensor | None
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor
+    v_mean: Tensor | None
+    v_scale: Tensor | None
+    bias: Tensor | None
+    mean_keys: Tensor | None = None
+    mean_values: Tensor | None = None
+    mean_k_scale: Tensor | None = None
+    mean_v_scale: Tensor | None = None
+    mean_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """Kept blocks: counts int32 [slots, mask rows] and indices; slots and rows as programs take them in turn."""
+
+    counts: Tensor
+    indices: Tensor
+    slots: Tensor
+    rows: Tensor
+
+
+def partial_statistics(call: Call) -> Tensor:
+    kv_heads = call.key.shape[1]
+    chunks = block_count(call.tokens, _CHUNK)
+    partial = call.new(call.batch * kv_heads, 4, chunks, call.width)
+    triton_prologue.partial_statistics[(chunks, call.batch * kv_heads)](
+        call.key,
+        call.value,
+        partial,
+        *call.key.stride()[:3],
+        *call.value.stride()[:3],
+        kv_heads,
+        call.tokens,
+        HEAD_DIM=call.head_dim,
+        D=call.width,
+        CHUNK=_CHUNK,
+        K_CHUNK=_k_chunk(chunks),
+        TILE=2048 // call.width,
+    )
+    return partial
+
+
+def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
+    """Gather, quantise and write queries, keys, values and, for compensation, the blocks' means."""
+    packs = call.batch * heads.slots
+    k_mean, v_mean, v_scale = (None, None, None) if partial is None else _channel_statistics(call, partial, heads.pv)
+    q_tiles = heads.q_blocks * heads.block_q // BLOCK
+    queries = call.new(packs * q_tiles * BLOCK, call.width, dtype=_DTYPES[heads.qk])
+    q_factor = call.new(packs, q_tiles)
+    lse_shift = call.new(packs, q_tiles * BLOCK) if heads.qk == "int8" else None
+    triton_prologue.pack_query[(q_tiles, packs)](
+        call.query,
+        heads.numbers,
+        call.order,
+        *call.angles,
+        k_mean,
+        queries,
+        q_factor,
+        lse_shift,
+        *call.query.stride()[:3],
+        call.scale,
+        call.heads,
+        call.group,
+        call.tokens,
+        heads.slots,
+        HEAD_DIM=call.head_dim,
+        D=call.width,
+        QK=heads.qk,
+        ROTARY=call.rotary,
+        RECORD=heads.record,
+    )
+    keys, values, k_scale = _room(call, heads, packs * call.kv_blocks)
+    bias = None if call.key_mask is None else call.new(packs, call.kv_blocks * BLOCK)
+    means = _room_for_means(call, packs)
+    triton_prologue.pack_key_value[(call.kv_blocks, packs)](
+        call.key,
+        call.value,
+        heads.numbers,
+        call.order,
+        *call.angles,
+        call.key_mask,
+        k_mean,
+        v_mean,
+        v_scale,
+        keys,
+        k_scale,
+        values,
+        bias,
+        *means,
+        *call.key.stride()[:3],
+        *call.value.stride()[:3],
+        call.heads,
+        call.group,
+        call.tokens,
+        heads.slots,
+        call.kv_blocks,
+        HEAD_DIM=call.head_dim,
+        D=call.width,
+        QK=heads.qk,
+        PV=heads.pv,
+        ROTARY=call.rotary,
+        SWAPPED=heads.config.swapped,
+        RECORD=heads.record,
+    )
+    packed = Packed(queries, q_factor, lse_shift, keys, values, k_scale, v_mean, v_scale, bias)
+    if call.compensate is not None:
+        _pack_means(call, heads, means, packed)
+    return packed
+
+
+def _channel_statistics(call: Call, partial: Tensor, pv: str) -> tuple[Tensor, ...]:
+    """Mean of k, mean of v and scale of v per channel."""
+    kv_heads, _, chunks, width = partial.shape
+    found = call.new(3, kv_heads, width).unbind(0)
+    k_chunk, before_last = _k_chunk(chunks), chunks - 1
+    triton_prologue.channel_statistics[(kv_heads,)](
+        partial,
+        *found,
+        call.tokens,
+        before_last * k_chunk + min(call.tokens - before_last * _CHUNK, k_chunk),
+        chunks,
+        D=width,
+        PV=pv,
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=8,
+    )
+    return found
+
+
+def _room(call: Call, heads: Heads, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for so many blocks' keys, values and scales of the keys, uninitialised."""
+    if heads.record:
+        records = call.new(blocks * heads.record, dtype=torch.int8)
+        values = records[BLOCK * call.width :].view(_DTYPES[heads.pv])
+        return records, values, records[hopper.scale_offset(call.width, heads.pv) :].view(torch.float32)
+    keys = call.new(blocks * BLOCK, call.width, dtype=_DTYPES[heads.qk])
+    shape = (blocks * BLOCK, call.width) if _width_of(heads.pv) == "16" else (blocks * call.width, BLOCK)
+    return keys, call.new(*shape, dtype=_DTYPES[heads.pv]), call.new(blocks)
+
+
+def _room_for_means(call: Call, packs: int) -> tuple[Tensor | None, ...]:
+    """Room for the mean key, mean value and number of shown tokens of each block."""
+    if call.compensate is None:
+        return None, None, None
+    means = (call.new(packs, call.kv_blocks, call.width) for _ in range(2))
+    return *means, call.new(packs, call.kv_blocks)
+
+
+def _pack_means(call: Call, heads: Heads, means: tuple[Tensor | None, ...], packed: Packed) -> None:
+    packs = call.batch * heads.slots
+    packed.mean_keys, packed.mean_values, packed.mean_k_scale = _room(call, heads, packs * call.mean_blocks)
+    packed.mean_v_scale = call.new(packs, call.mean_blocks)
+    packed.mean_bias = call.new(packs, call.mean_blocks * BLOCK)
+    triton_prologue.pack_means[(call.mean_blocks, packs)](
+        *means,
+        heads.numbers,
+        packed.v_scale,
+        packed.mean_keys,
+        packed.mean_k_scale,
+        packed.mean_values,
+        packed.mean_v_scale,
+        packed.mean_bias,
+        call.heads,
+        call.group,
+        heads.slots,
+        call.kv_blocks,
+        D=call.width,
+        QK=heads.qk,
+        PV=heads.pv,
+        SWAPPED=heads.config.swapped,
+        RECORD=heads.record,
+    )
+
+
+def kept_lists(call: Call, heads: Heads) -> Lists | None:
+    """The lists of kept blocks, and the order of heads and rows, longest first; None without a mask."""
+    if call.mask is None:
+        return None
+    slots, rows = heads.slots, call.mask.shape[1]
+    counts = call.new(slots, rows, dtype=torch.int32)
+    indices = call.new(slots * rows * call.kv_blocks + 2 * call.mean_blocks + _READ_AHEAD, dtype=torch.int32)
+    triton_prologue.kept_lists[(rows, slots)](
+        call.mask,
+        heads.numbers,
+        counts,
+        indices,
+        call.mask.stride(0),
+        rows,
+        call.kv_blocks,
+        call.mask.shape[2],
+        COLUMNS=triton.next_power_of_2(call.kv_blocks),
+        num_warps=2,
+    )
+    slot_order, row_order = call.new(slots, dtype=torch.int32), torch.empty_like(counts)
+    triton_prologue.schedule[(block_count(rows, _ROWS_AT_ONCE), slots)](
+        counts,
+        slot_order,
+        row_order,
+        slots,
+        rows,
+        ROWS=max(_ROWS_AT_ONCE, triton.next_power_of_2(rows)),
+        TILE=_ROWS_AT_ONCE,
+        SLOTS=_SLOTS_AT_ONCE,
+    )
+    return Lists(counts, indices, slot_order, row_order)
+
+
+@functools.lru_cache(maxsize=64)
+def all_blocks(kv_blocks: int, device: torch.device) -> Tensor:
+    """The list of kept blocks of a row that keeps all."""
+    return torch.arange(kv_blocks + _READ_AHEAD, dtype=torch.int32, device=device)
+
+
+def on_hopper(call: Call, qk: str, pv: str, output: Tensor) -> bool:
+    """Whether `hopper` computes these formats here."""
+    return call.target == "sm90" and not INTERPRETED and hopper.takes(qk, pv, output) and hopper.unavailable() is None
+
+
+def _k_chunk(chunks: int) -> int:
+    return _CHUNK if chunks < 8 else _K_CHUNK
+
+
+def _width_of(kernel_format: str) -> str:
+    return kernel_format if kernel_format in ("int8", "fp8") else "16"
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Head numbers on the device, copied there once: a copy in every call would wait for the device."""
+    return torch.tensor(heads, dtype=torch.int32, device=device)

@@ -1,0 +1,123 @@
+"""The CUDA kernel for Hopper without a GPU: that it compiles as it should, and what it can be given.
+
+On a GPU, `benchmarks/gpu/correctness.py` compares it with float64; `triton_interpreted.py` has the layout it reads.
+"""
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from paroattn.ops import hopper, triton_attention
+
+SOURCE = Path(hopper.__file__).with_name("hopper_forward.cu")
+SHARED_MEMORY = 227 * 1024  # of a multiprocessor; a program takes 1 KB more than it asks for
+compiles = pytest.mark.skipif(hopper.unavailable() is not None, reason=f"{hopper.unavailable()}")
+
+
+@compiles
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("pv", ["int8", "fp8"])
+def test_it_compiles_without_spills_for_so_many_programs_as_it_says(width, pv):
+    pytest.importorskip("triton")  # whose tools read machine code
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import triton_kernels
+
+    report = triton_kernels.hopper_report(width, pv)
+    assert not report.spills
+    assert {"int8": {"IGMMA"}, "fp8": {"IGMMA", "QGMMA"}}[pv] == set(report.matrix)
+    assert report.registers * hopper.THREADS * hopper.PROGRAMS[width] <= 2**16
+    assert (report.shared + 1024) * hopper.PROGRAMS[width] <= SHARED_MEMORY
+    # Triton's loop takes 9.4 and 8.7 with D 64, 10.8 and 11.8 with D 128; both ways to copy a step are counted here.
+    assert report.per_score < {"int8": {64: 8.6, 128: 9.8}, "fp8": {64: 7.2, 128: 8.8}}[pv][width]
+
+
+@compiles
+def test_what_does_not_compile_says_why(monkeypatch):
+    monkeypatch.setattr(hopper, "PROGRAMS", {80: 1})
+    with pytest.raises(RuntimeError, match=r"hopper_forward\.cu does not compile: .*error"):
+        hopper.compiled(80, "int8", torch.bfloat16)
+
+
+def test_arguments_are_those_of_the_kernel():
+    """The structure that Python fills has the fields of the one that the kernel reads, in its order."""
+    declared = re.search(r"struct Arguments \{(.*?)\};", SOURCE.read_text(), re.S)[1]
+    size = {"int": ctypes.c_int, "long long": ctypes.c_longlong}
+    fields = []
+    for line in declared.strip().splitlines():
+        kind, names = re.match(r"\s*(?:const )?(u8|int|float|long long) (.*);", line).groups()
+        fields += [(x.strip("* "), ctypes.c_void_p if "*" in x else size[kind]) for x in names.split(",")]
+    assert fields == hopper._Arguments._fields_
+
+
+@compiles
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("pv", ["int8", "fp8"])
+def test_sizes_are_those_of_the_kernel(width, pv):
+    """Records and shared memory as the kernel's constants lay them out, which NVRTC evaluates."""
+    from cuda.bindings import nvrtc
+
+    constants = SOURCE.read_text().partition("#define MINUS_INFINITY")[0]
+    wanted = {
+        "RECORD": hopper.record_bytes(width, pv),
+        "SCALE": hopper.scale_offset(width, pv),
+        "BARRIERS + 8 * (STAGES + 1)": hopper.shared_bytes(width, pv),
+    }
+    checks = "".join(f'static_assert({name} == {value}, "");\n' for name, value in wanted.items())
+    program = nvrtc.nvrtcCreateProgram((constants + checks).encode(), b"sizes.cu", 0, [], [])[1]
+    defined = {"D": width, "PV_FP8": int(pv == "fp8"), "STAGES": hopper.STAGES}
+    options = [f"-D{name}={value}".encode() for name, value in defined.items()]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS
+
+
+def test_it_takes_8_bits_and_an_output_in_whole_16_bytes():
+    output = torch.empty(1, 2, 70, 64, dtype=torch.bfloat16)
+    assert hopper.takes("int8", "int8", output)
+    assert hopper.takes("int8", "fp8", output.half())
+    assert hopper.takes("int8", "int8", output.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not hopper.takes("int8", "bf16", output)
+    assert not hopper.takes("bf16", "int8", output)
+    assert not hopper.takes("int8", "int8", output.float())
+    assert not hopper.takes("int8", "int8", output[..., :60])
+    assert not hopper.takes("int8", "int8", torch.empty(1, 2, 70, 68, dtype=torch.bfloat16)[..., :64])
+
+
+def test_the_backend_says_whether_it_is_used(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(triton_attention, "target_of", lambda _: "sm90")
+    monkeypatch.setattr(hopper, "unavailable", lambda: None)
+    assert triton_attention.describe().endswith("NVIDIA H100, CUDA for int8")
+    monkeypatch.setattr(hopper, "unavailable", lambda: "cuda-bindings is not installed")
+    assert triton_attention.describe().endswith("without CUDA for int8 (cuda-bindings is not installed)")
+    monkeypatch.setattr(triton_attention, "target_of", lambda _: "sm89")
+    assert triton_attention.describe().endswith("NVIDIA H100")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or triton_attention.target_of(torch.device("cuda")) != "sm90",
+    reason="needs a GPU of sm90",
+)
+def test_it_agrees_with_the_triton_kernel(monkeypatch):
+    from test_attention import inputs, masks, permutations
+
+    from paroattn import BlockMask, Precision
+
+    tensors = [x.cuda().bfloat16() for x in inputs(333, heads=3, head_dim=64, batch=2)]
+    given = {
+        "permutation": permutations(3, 333).cuda(),
+        "block_mask": BlockMask.from_dense(masks(3, 333).cuda(), 333),
+        "precisions": [Precision.parse("int8")] * 3,
+        "compensate": torch.tensor([True, False, True]).cuda(),
+        "key_mask": None,
+        "scale": 0.125,
+    }
+    output, lse = triton_attention.attend(*tensors, **given)
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    expected, expected_lse = triton_attention.attend(*tensors, **given)
+    assert (output - expected).float().norm() < 2**-7 * expected.float().norm()
+    assert (lse - expected_lse).abs().max() < 1e-4
