@@ -66,14 +66,19 @@ def counters_table(records: list[dict]) -> list[str]:
         "duration_ms": "time (ms)",
         "registers": "registers per thread",
         "active_warps_per_scheduler": "warps per scheduler",
+        "l2_busy": "L2 cache busy (%)",
         "issue_slots_busy": "issue slots busy (%)",
         "no_eligible_warp": "cycles without an eligible warp (%)",
         "xu_busy": "exponentials and conversions busy (%)",
         "alu_busy": "ALU busy (%)",
         "fma_busy": "FMA busy (%)",
     }
-    heads = [f"{item['precision']}, D {item['head_dim']}, {item['block_q']} x 64" for item in records]
-    lines = table(("", *heads), ((shown, *(f"{item[name]:.4g}" for item in records)) for name, shown in names.items()))
+    kernels = {"attention_forward": "Triton", "hopper_forward.cu": "CUDA"}
+    heads = [f"{kernels[item['kernel']]}, {item['precision']}, D {item['head_dim']}" for item in records]
+    lines = table(
+        ("", *heads),
+        ((shown, *(f"{item[name]:.4g}" if name in item else "" for item in records)) for name, shown in names.items()),
+    )
     shapes = "; ".join(f"{item['heads']} heads of {item['tokens']:,} tokens" for item in records)
     return [*lines, "", f"Density {records[0]['density']}; {shapes}. {surroundings(records[0])}."]
 
@@ -97,6 +102,8 @@ def trials_table(records: list[dict]) -> list[str]:
 
 
 def _kind_of(kernel: str) -> str:
+    if kernel.startswith("CUDA"):
+        return kernel
     if kernel.startswith("gluon"):
         return "Gluon"
     if kernel == "triton sums":
@@ -129,5 +136,6 @@ def _subject(variant: str) -> str:
     match = re.match(r"(\S+) +D +(\d+)", variant)
     if match is None:
         return re.sub(r",.*| (interleaved|halves)$", "", variant)
-    tokens = int(variant.rpartition(" ")[2].replace(",", ""))
-    return f"forward, {match[1]}, {'lengths of models' if tokens > 10_000 else 'short'}"
+    tokens = int(re.search(r" N +([\d,]+)", variant)[1].replace(",", ""))
+    kernel = ", Triton's" if variant.endswith("triton") else ""
+    return f"forward, {match[1]}{kernel}, {'lengths of models' if tokens > 10_000 else 'short'}"
