@@ -86,6 +86,19 @@ def test_it_takes_8_bits_and_an_output_in_whole_16_bytes():
     assert not hopper.takes("int8", "int8", torch.empty(1, 2, 70, 68, dtype=torch.bfloat16)[..., :64])
 
 
+def test_without_its_libraries_it_says_so(monkeypatch):
+    if hopper.unavailable() is None:
+        from cuda.bindings import nvrtc
+
+        def missing():
+            raise RuntimeError("no libnvrtc here\nand more")
+
+        monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+        assert hopper.unavailable.__wrapped__() == "no libnvrtc here"
+    monkeypatch.setattr(hopper.importlib.util, "find_spec", lambda _: None)
+    assert hopper.unavailable.__wrapped__() == "cuda-bindings is not installed"
+
+
 def test_the_backend_says_whether_it_is_used(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
