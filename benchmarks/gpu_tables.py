@@ -98,7 +98,10 @@ def trials_table(records: list[dict]) -> list[str]:
         best = (f"{min(cells[density]):.2f}" if density in cells else "" for density in ("0.3", "1"))
         shown.append((work, kind, *best))
     lines = table(("", "kernel", "density 0.3 (ms)", "dense (ms)"), shown)
-    return [*lines, "", f"The fastest setting of each, by density. {surroundings(records[0])}."]
+    others = sorted({record["threads"] for record in records[1:]} - {records[0]["threads"]})
+    some = f" (some: {', '.join(map(str, others))})" if others else ""
+    where = surroundings(records[0]).replace(" threads", f" threads{some}")
+    return [*lines, "", f"The fastest setting of each, by density. {where}."]
 
 
 def _kind_of(kernel: str) -> str:

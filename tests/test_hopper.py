@@ -6,6 +6,7 @@ On a GPU, `benchmarks/gpu/correctness.py` compares it with float64; `triton_inte
 import ctypes
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -86,17 +87,32 @@ def test_it_takes_8_bits_and_an_output_in_whole_16_bytes():
     assert not hopper.takes("int8", "int8", torch.empty(1, 2, 70, 68, dtype=torch.bfloat16)[..., :64])
 
 
+@compiles
 def test_without_its_libraries_it_says_so(monkeypatch):
-    if hopper.unavailable() is None:
-        from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc
 
-        def missing():
-            raise RuntimeError("no libnvrtc here\nand more")
+    def missing():
+        raise RuntimeError("no libnvrtc here\nand more")
 
-        monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
-        assert hopper.unavailable.__wrapped__() == "no libnvrtc here"
-    monkeypatch.setattr(hopper.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    assert hopper.unavailable.__wrapped__() == "no libnvrtc here"
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (nvrtc.nvrtcResult.NVRTC_SUCCESS, 11, 8))
+    assert hopper.unavailable.__wrapped__() == "NVRTC 11.8 is older than 12.0"
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     assert hopper.unavailable.__wrapped__() == "cuda-bindings is not installed"
+
+
+def test_a_kernel_that_does_not_load_is_named_once_and_left(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("the kernel of hopper_forward.cu: CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    monkeypatch.setattr(hopper, "_function", fails)
+    with pytest.warns(UserWarning, match="NO_BINARY_FOR_GPU; Triton's kernel takes its place"):
+        assert not hopper.loads(7, 64, "int8", torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not hopper.loads(7, 64, "int8", torch.float16)
+    hopper.loads.cache_clear()
 
 
 def test_the_backend_says_whether_it_is_used(monkeypatch):

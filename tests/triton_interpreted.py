@@ -358,8 +358,8 @@ def test_what_it_does_not_do_is_named(dtype, settings, message):
 
 @pytest.mark.parametrize("pv", ["int8", "fp8"])
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
-def test_records_hold_what_the_other_forward_reads(head_dim, pv):
-    """hopper_forward.cu reads the same blocks in other places; means of blocks are packed as they are."""
+def test_records_hold_what_the_other_forward_reads(head_dim, pv, monkeypatch):
+    """hopper_forward.cu reads the same blocks in other places, whatever replaces Triton's configurations."""
     tokens, heads = 200, 2
     query, key, value = half(inputs(tokens, heads=heads, head_dim=head_dim, batch=2))
     mask = BlockMask.from_dense(masks(heads, tokens), tokens)
@@ -368,10 +368,10 @@ def test_records_hold_what_the_other_forward_reads(head_dim, pv):
     compensate = torch.ones(heads, dtype=torch.uint8)
     call = Call(query, key, value, order, mask.bits, 64, compensate, None, (None, None), None, 0.2, width, "sm90")
     partial = triton_pack.partial_statistics(call)
-    plain, packed = (
-        triton_pack.pack(call, triton_pack.heads_of(call, (0, 1), "int8", pv, on_hopper), partial)
-        for on_hopper in (False, True)
-    )
+    plain = triton_pack.pack(call, triton_pack.heads_of(call, (0, 1), "int8", pv, False), partial)
+    kind = Kind(width, 64, "int8", pv)
+    monkeypatch.setitem(triton_configs.OVERRIDES, ("sm90", kind), Config(4, 2, swapped=False))
+    packed = triton_pack.pack(call, triton_pack.heads_of(call, (0, 1), "int8", pv, True), partial)
 
     def rows(stored):
         """[blocks, 64, width] from [blocks, 8, width / 16, 8, 16]."""
@@ -398,7 +398,7 @@ def test_records_hold_what_the_other_forward_reads(head_dim, pv):
 
 
 def test_lists_can_be_read_on_where_they_end():
-    """The forwards read numbers ahead: of the last row beyond the list, and beyond that for each block of means."""
+    """hopper_forward.cu reads numbers ahead: beyond the last row's list, and beyond that for each block of means."""
     tokens = 64 * 66
     query, key, value = half(inputs(tokens, heads=1, head_dim=8))
     mask = BlockMask.from_dense(torch.ones(1, 66, 66, dtype=torch.bool), tokens)
@@ -408,4 +408,4 @@ def test_lists_can_be_read_on_where_they_end():
     steps = (66 + 1) // 2 + call.mean_blocks
     assert lists.indices.numel() > 65 * 66 + 2 * (steps + hopper.STAGES) + 1
     assert torch.equal(lists.indices[: 66 * 66].view(66, 66), torch.arange(66).int().expand(66, 66))
-    assert triton_pack.all_blocks(66, query.device).numel() > 2 * ((66 + 1) // 2 + hopper.STAGES) + 1
+    assert triton_pack.all_blocks(call).numel() > 2 * ((66 + 1) // 2 + hopper.STAGES) + 1

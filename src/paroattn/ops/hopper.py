@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
+import warnings
 from importlib.resources import files
 from typing import Any
 
@@ -42,15 +42,15 @@ class _Arguments(ctypes.Structure):
 @functools.cache
 def unavailable() -> str | None:
     """Why the kernel cannot be compiled here, or None if it can."""
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        return "cuda-bindings is not installed"
-    from cuda.bindings import nvrtc
-
     try:
-        nvrtc.nvrtcVersion()
+        from cuda.bindings import nvrtc
+
+        version = _checked(nvrtc.nvrtcVersion())
+    except ImportError:
+        return "cuda-bindings is not installed"
     except RuntimeError as error:  # the library is not found
-        return str(error).splitlines()[0]
-    return None
+        return str(error).partition("\n")[0]
+    return None if version[0] >= 12 else f"NVRTC {version[0]}.{version[1]} is older than 12.0"
 
 
 def takes(qk: str, pv: str, output: Tensor) -> bool:
@@ -91,6 +91,17 @@ def launch(width: int, pv: str, programs: int, output: Tensor, **arguments: Tens
 
 
 @functools.cache
+def loads(device: int, width: int, pv: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel compiles and loads on the current device, which is `device`; warns once if it does not."""
+    try:
+        _function(device, width, pv, dtype)
+    except RuntimeError as error:
+        warnings.warn(f"{error}; Triton's kernel takes its place", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
 def _function(device: int, width: int, pv: str, dtype: torch.dtype) -> Any:
     """The kernel, loaded on the current device, which is `device`."""
     from cuda.bindings import driver
@@ -122,14 +133,17 @@ def compiled(width: int, pv: str, dtype: torch.dtype) -> bytes:
     }
     options = [b"-arch=sm_90a", b"-std=c++17", b"-default-device"]
     options += [f"-D{name}={value}".encode() for name, value in defined.items()]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"hopper_forward.cu does not compile: {log.decode()}")
-    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            text = log.decode().rstrip("\0\n")
+            raise RuntimeError(f"hopper_forward.cu does not compile: {text}")
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
     return bytes(code)
 
 
@@ -138,4 +152,4 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     status, *values = answer
     if status.value:
         raise RuntimeError(f"the kernel of hopper_forward.cu: {status.name}")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,4 +1,4 @@
-// The attention forward on Hopper (sm_90a) for INT8 QK^T: what triton_forward.py computes, in fewer instructions.
+// The attention forward on Hopper (sm_90a), INT8 QK^T and 8-bit PV: what triton_forward.py computes, in fewer instructions.
 //
 // A program is one warp group: 64 queries of one head, which walk over their list of kept blocks, two blocks of 64
 // keys per step. While a step computes, bulk copies fetch the next one's blocks. A thread keeps its part of the logits,

@@ -1,7 +1,8 @@
 """The Triton backend: block-sparse attention on NVIDIA and AMD GPUs, registered with torch as one operator.
 
-The kernels are imported with the first call (`triton_launch`). With TRITON_INTERPRET=1 in the environment, they run in
-Triton's interpreter on CPU tensors, which is slow and meant for tests.
+On Hopper, a kernel in CUDA takes part (`hopper`). The kernels are imported with the first call (`triton_launch`). With
+TRITON_INTERPRET=1 in the environment, they run in Triton's interpreter on CPU tensors, which is slow and meant for
+tests.
 """
 
 from __future__ import annotations

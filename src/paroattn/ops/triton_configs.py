@@ -1,4 +1,7 @@
-"""How the attention forward is compiled: one table by target, formats and shape instead of tuning at run time."""
+"""How Triton's attention forward is compiled: one table by target, formats and shape instead of tuning at run time.
+
+What `hopper` computes has choices of its own there.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ def _measured(kind: Kind, swapped: bool, asm: bool) -> Config:
 
 
 def queries_per_program(head_dim: int, mask_block_q: int | None, tokens: int) -> int:
-    """`Kind.block_q` for a head_dim of 64 or 128 and a mask with so many queries per block, None for no mask.
+    """Triton's `Kind.block_q` for a head_dim of 64 or 128 and a mask with so many queries per block, None for no mask.
 
     With head_dim 128, two programs of 64 queries share a row of a mask in blocks of 128: one program would leave room
     for no other on an H100, and spill on other targets.

@@ -145,7 +145,7 @@ def _forward_on_hopper(
         slots=None if lists is None else lists.slots,
         rows=None if lists is None else lists.rows,
         counts=None if lists is None else lists.counts,
-        indices=triton_pack.all_blocks(call.kv_blocks, call.query.device) if lists is None else lists.indices,
+        indices=triton_pack.all_blocks(call) if lists is None else lists.indices,
         compensate=call.compensate,
         mask=call.mask,
         mean_records=packed.mean_keys,

@@ -18,7 +18,7 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "f
 _CHUNK = 512  # tokens that one program of the statistics reads,
 _K_CHUNK = 128  # and how many of them for the mean of k, where there are many chunks
 _ROWS_AT_ONCE, _SLOTS_AT_ONCE = 64, 8  # rows of blocks that one program of the schedule ranks, and slots
-_READ_AHEAD = 16  # numbers that the forwards read beyond a list
+_READ_AHEAD = 16  # numbers that `hopper` may read beyond a list, whose kernel says so
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Heads:
         numbers: int32 [slots], their numbers among all.
         block_q: queries per program; parts: programs per row of the mask; q_blocks: programs per head and batch item.
         record: bytes from one packed block to the next for `hopper`, 0 for `triton_forward`.
-        config: of the Triton kernels.
+        config: of Triton's kernels.
     """
 
     numbers: Tensor
@@ -102,6 +102,11 @@ class Heads:
     @property
     def slots(self) -> int:
         return len(self.numbers)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether keys are stored as `triton_rows.stored_token` says, which `hopper` always wants."""
+        return self.record > 0 or self.config.swapped
 
 
 def heads_of(call: Call, numbers: tuple[int, ...], qk: str, pv: str, on_hopper: bool) -> Heads:
@@ -234,7 +239,7 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         QK=heads.qk,
         PV=heads.pv,
         ROTARY=call.rotary,
-        SWAPPED=heads.config.swapped,
+        SWAPPED=heads.swapped,
         RECORD=heads.record,
     )
     packed = Packed(queries, q_factor, lse_shift, keys, values, k_scale, v_mean, v_scale, bias)
@@ -302,7 +307,7 @@ def _pack_means(call: Call, heads: Heads, means: tuple[Tensor | None, ...], pack
         D=call.width,
         QK=heads.qk,
         PV=heads.pv,
-        SWAPPED=heads.config.swapped,
+        SWAPPED=heads.swapped,
         RECORD=heads.record,
     )
 
@@ -340,15 +345,16 @@ def kept_lists(call: Call, heads: Heads) -> Lists | None:
     return Lists(counts, indices, slot_order, row_order)
 
 
-@functools.lru_cache(maxsize=64)
-def all_blocks(kv_blocks: int, device: torch.device) -> Tensor:
-    """The list of kept blocks of a row that keeps all."""
-    return torch.arange(kv_blocks + _READ_AHEAD, dtype=torch.int32, device=device)
+def all_blocks(call: Call) -> Tensor:
+    """The list of kept blocks of a row that keeps all; of each call, so that it is there in the order of the stream."""
+    return torch.arange(call.kv_blocks + _READ_AHEAD, dtype=torch.int32, device=call.query.device)
 
 
 def on_hopper(call: Call, qk: str, pv: str, output: Tensor) -> bool:
     """Whether `hopper` computes these formats here."""
-    return call.target == "sm90" and not INTERPRETED and hopper.takes(qk, pv, output) and hopper.unavailable() is None
+    if call.target != "sm90" or INTERPRETED or not hopper.takes(qk, pv, output) or hopper.unavailable() is not None:
+        return False
+    return hopper.loads(output.device.index, call.width, pv, output.dtype)
 
 
 def _k_chunk(chunks: int) -> int:

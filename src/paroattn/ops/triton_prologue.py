@@ -2,7 +2,8 @@
 
 `partial_statistics` reads v and some of k once; `pack_query` and `pack_key_value` read q, k and v in each head's order
 and write what the forward reads. Packed blocks of 64 tokens stand one after the other, padded with zeros. RECORD is 0
-for `triton_forward`; for `hopper`, it is the bytes from one block to the next, with keys, values and scale.
+for `triton_forward`, whose layouts the docstrings give; for `hopper`, it is the bytes from one block to the next, with
+keys, values and scale (`_store_rows`, `_store_values`, `_store_scale`).
 """
 
 import inspect
