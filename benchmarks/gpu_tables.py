@@ -80,7 +80,7 @@ def counters_table(records: list[dict]) -> list[str]:
         ((shown, *(f"{item[name]:.4g}" if name in item else "" for item in records)) for name, shown in names.items()),
     )
     shapes = "; ".join(f"{item['heads']} heads of {item['tokens']:,} tokens" for item in records)
-    return [*lines, "", f"Density {records[0]['density']}; {shapes}. {surroundings(records[0])}."]
+    return [*lines, "", f"Density {records[0]['density']}; {shapes}. {surroundings(*records)}."]
 
 
 def trials_table(records: list[dict]) -> list[str]:
@@ -98,10 +98,7 @@ def trials_table(records: list[dict]) -> list[str]:
         best = (f"{min(cells[density]):.2f}" if density in cells else "" for density in ("0.3", "1"))
         shown.append((work, kind, *best))
     lines = table(("", "kernel", "density 0.3 (ms)", "dense (ms)"), shown)
-    others = sorted({record["threads"] for record in records[1:]} - {records[0]["threads"]})
-    some = f" (some: {', '.join(map(str, others))})" if others else ""
-    where = surroundings(records[0]).replace(" threads", f" threads{some}")
-    return [*lines, "", f"The fastest setting of each, by density. {where}."]
+    return [*lines, "", f"The fastest setting of each, by density. {surroundings(*records)}."]
 
 
 def _kind_of(kernel: str) -> str:

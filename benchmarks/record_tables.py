@@ -162,8 +162,10 @@ def closeness_table(records: list[dict]) -> list[str]:
     )
 
 
-def surroundings(record: dict) -> str:
+def surroundings(record: dict, *others: dict) -> str:
+    """Machine and versions of a record, and how many threads there were for it and the others."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    counts = list(dict.fromkeys(item["threads"] for item in (record, *others)))
+    threads = f"{' or '.join(map(str, counts))} thread{'s' if max(counts) > 1 else ''}"
     gpu = f"{record['gpu']}; " if "gpu" in record else ""
     return f"{gpu}{record['machine']}, {threads}; {versions}"

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +193,16 @@ def forward_report(target: str, kind: Kind, config: Config, **variant: bool) -> 
     return describe(compile_forward(target, kind, config, **variant), per_thread)
 
 
-def hopper_report(head_dim: int, pv: str) -> Compiled:
+def hopper_report(kind: Kind) -> Compiled:
     """hopper_forward.cu; its main loop's instructions are those of a step of two blocks, with both ways to copy."""
-    code = hopper.compiled(head_dim, pv, torch.bfloat16)
-    return describe_machine_code(code, hopper.shared_bytes(head_dim, pv), BLOCK * 2 * BLOCK / hopper.THREADS)
+    code = hopper.compiled(kind.head_dim, kind.pv, torch.bfloat16)
+    shared = hopper.shared_bytes(kind.head_dim, kind.pv)
+    return describe_machine_code(code, shared, kind.block_q * 2 * BLOCK / hopper.THREADS)
+
+
+def _in_cuda(kind: Kind) -> bool:
+    """Whether hopper_forward.cu computes this kind; its programs have 64 queries."""
+    return kind.block_q == BLOCK and kind.qk == "int8" and kind.pv in hopper.PV_FORMATS
 
 
 def faults(target: str, kind: Kind, report: Compiled) -> list[str]:
@@ -250,8 +256,8 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
+_HOPPER = "hopper_forward.cu"
 _COMMON = (("int8", "int8"), ("int8", "fp8"), ("16", "16"))
-_PV = ("int8", "fp8")  # of hopper_forward.cu
 _VARIANTS = ({}, {"sparse": False}, {"compensate": True}, {"biased": True})
 
 
@@ -264,7 +270,7 @@ def jobs(targets: Sequence[str], everything: bool) -> list[tuple[str, Any, dict[
                 found += [(target, kind, variant) for variant in (_VARIANTS if everything else _VARIANTS[:1])]
         found += [(target, (name, head_dim), {}) for head_dim in (64, 128) for name in other_kernels(head_dim)]
         if target == "sm90" and hopper.unavailable() is None:
-            found += [(target, (f"hopper_forward.cu int8/{pv}", head_dim), {}) for head_dim in (64, 128) for pv in _PV]
+            found += [(target, (_HOPPER, kind), {}) for kind in triton_configs.kinds(target) if _in_cuda(kind)]
     return found
 
 
@@ -286,11 +292,11 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         name = f"{what.block_q:3d} x 64  {what.qk:>4}/{what.pv:<4}  {settings}"
         name += "".join(f", {key} {value}" for key, value in variant.items())
         wrong, head_dim = faults(target, what, report), what.head_dim
-    elif what[0].startswith("hopper_forward.cu"):
-        name, head_dim = what
-        pv = name.rpartition("/")[2]
-        report = hopper_report(head_dim, pv)
-        wrong = faults(target, Kind(head_dim, BLOCK, "int8", pv), report)
+    elif what[0] == _HOPPER:
+        kind = what[1]
+        report = hopper_report(kind)
+        name = f"{kind.block_q:3d} x 64  {kind.qk:>4}/{kind.pv:<4}  {_HOPPER}"
+        wrong, head_dim = faults(target, kind, report), kind.head_dim
     else:
         (kernel, head_dim) = what
         function, constants = other_kernels(head_dim)[kernel]
@@ -332,11 +338,11 @@ def floors() -> None:
     for work in _WORKLOADS:
         scores = work.batch * work.heads * work.tokens**2
         for qk, pv in (("16", "16"), ("int8", "16"), ("int8", "int8"), ("int8", "fp8")):
-            kind = Kind(work.head_dim, 128 if work.head_dim == 64 else 64, qk, pv)
-            in_cuda = qk == "int8" and pv in _PV and hopper.unavailable() is None
-            if in_cuda:
-                report = hopper_report(work.head_dim, pv)
+            kind, where = Kind(work.head_dim, BLOCK, qk, pv), "in CUDA"
+            if _in_cuda(kind) and hopper.unavailable() is None:
+                report = hopper_report(kind)
             else:
+                kind, where = replace(kind, block_q=128 if work.head_dim == 64 else 64), ""
                 report = forward_report("sm90", kind, triton_configs.config("sm90", kind))
             per_score = report.per_score or 0.0
             matrix = sum(2 * scores * work.head_dim / _MATRIX_RATE[width] for width in (qk, pv))
@@ -346,8 +352,7 @@ def floors() -> None:
                 "issue": scores * per_score / (128 * _SMS * _CLOCK),
             }
             times = "  ".join(f"{key} {1e3 * value:6.2f} ({300 * value:5.2f})" for key, value in terms.items())
-            rows = BLOCK if in_cuda else kind.block_q
-            name = f"{work.name:12} D {work.head_dim:3} {rows:3} x 64 {qk:>4}/{pv:<4}{' in CUDA' if in_cuda else '':8}"
+            name = f"{work.name:12} D {work.head_dim:3} {kind.block_q:3} x 64 {qk:>4}/{pv:<4} {where:7}"
             print(f"{name} {per_score:5.2f} instructions  {times}")
 
 

@@ -366,7 +366,7 @@ def test_records_hold_what_the_other_forward_reads(head_dim, pv, monkeypatch):
     width = 64 if head_dim <= 64 else 128
     order = permutations(heads, tokens).int()
     compensate = torch.ones(heads, dtype=torch.uint8)
-    call = Call(query, key, value, order, mask.bits, 64, compensate, None, (None, None), None, 0.2, width, "sm90")
+    call = Call(query, key, value, order, mask.bits, 64, compensate, None, (None, None), None, 0.2)
     partial = triton_pack.partial_statistics(call)
     plain = triton_pack.pack(call, triton_pack.heads_of(call, (0, 1), "int8", pv, False), partial)
     kind = Kind(width, 64, "int8", pv)
@@ -403,7 +403,7 @@ def test_lists_can_be_read_on_where_they_end():
     query, key, value = half(inputs(tokens, heads=1, head_dim=8))
     mask = BlockMask.from_dense(torch.ones(1, 66, 66, dtype=torch.bool), tokens)
     compensate = torch.ones(1, dtype=torch.uint8)
-    call = Call(query, key, value, None, mask.bits, 64, compensate, None, (None, None), None, 0.2, 64, "sm90")
+    call = Call(query, key, value, None, mask.bits, 64, compensate, None, (None, None), None, 0.2)
     lists = triton_pack.kept_lists(call, triton_pack.heads_of(call, (0,), "int8", "int8", True))
     steps = (66 + 1) // 2 + call.mean_blocks
     assert lists.indices.numel() > 65 * 66 + 2 * (steps + hopper.STAGES) + 1

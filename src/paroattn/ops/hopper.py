@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK
 
+PV_FORMATS = ("int8", "fp8")
 THREADS = 128
 STAGES = 2  # steps whose keys and values are in shared memory or on their way
 PROGRAMS = {64: 4, 128: 3}  # per multiprocessor, by head_dim; it limits the registers
@@ -56,7 +57,7 @@ def unavailable() -> str | None:
 def takes(qk: str, pv: str, output: Tensor) -> bool:
     """Whether the kernel does these formats and can write this output [B, H, N, D] in whole 16 bytes."""
     aligned = output.shape[-1] % 8 == 0 and all(stride % 8 == 0 for stride in output.stride()[:3])
-    return qk == "int8" and pv in ("int8", "fp8") and output.dtype != torch.float32 and aligned
+    return qk == "int8" and pv in PV_FORMATS and output.dtype != torch.float32 and aligned
 
 
 def scale_offset(width: int, pv: str) -> int:

@@ -1,4 +1,5 @@
-// The attention forward on Hopper (sm_90a), INT8 QK^T and 8-bit PV: what triton_forward.py computes, in fewer instructions.
+// The attention forward on Hopper (sm_90a) for INT8 QK^T and 8-bit PV: what triton_forward.py computes, in fewer
+// instructions.
 //
 // A program is one warp group: 64 queries of one head, which walk over their list of kept blocks, two blocks of 64
 // keys per step. While a step computes, bulk copies fetch the next one's blocks. A thread keeps its part of the logits,
@@ -317,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
     int whole = 0;
     if (!a.bias && count > 0) {
         int last = indices[count - 1];
-        whole = count - (a.tokens % 64 != 0 && last == a.kv_blocks - 1);
+        whole = count - (a.tokens % BLOCK != 0 && last == a.kv_blocks - 1);
     }
     const int plain_steps = uniform(whole / 2), list_steps = (count + 1) / 2;
     const int steps = uniform(list_steps + (a.compensate && a.compensate[h] ? a.mean_blocks : 0));
@@ -411,17 +412,17 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
         finish();
     }
     for (int step = plain_steps; step < steps; step++) {
-        const int mean = step - list_steps, column = thread % 64, number = 2 * step + thread / 64;
+        const int mean = step - list_steps, column = thread % BLOCK, number = 2 * step + thread / BLOCK;
         float added = MINUS_INFINITY, v_scale = 1;
         if (mean < 0 && number < count) {
             const int block = indices[number];
-            if (block * 64 + stored_token(column) < a.tokens)
-                added = a.bias ? a.bias[((long long)packed * a.kv_blocks + block) * 64 + column] : 0;
-        } else if (mean >= 0 && thread < 64) {
-            const int block = mean * 64 + stored_token(column);
+            if (block * BLOCK + stored_token(column) < a.tokens)
+                added = a.bias ? a.bias[((long long)packed * a.kv_blocks + block) * BLOCK + column] : 0;
+        } else if (mean >= 0 && thread < BLOCK) {
+            const int block = mean * BLOCK + stored_token(column);
             const u8 *mask = a.mask + h * a.stride_mask + mask_row * a.mask_bytes;
             if (block < a.kv_blocks && !(mask[block / 8] >> block % 8 & 1))
-                added = a.mean_bias[((long long)packed * a.mean_blocks + mean) * 64 + column];
+                added = a.mean_bias[((long long)packed * a.mean_blocks + mean) * BLOCK + column];
         }
         if (mean >= 0) v_scale = a.mean_v_scale[(long long)packed * a.mean_blocks + mean];
         __syncthreads();
@@ -443,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
     for (int r = 0; r < 2; r++) {
         const float total = ONES ? rows.total[r] : sum_of_quad(rows.total[r]);
         const float inverse = total == 0 ? 0 : 1 / total;
-        const int in_warp = lane / 4 + 8 * r, position = row * 64 + warp * 16 + in_warp;
+        const int in_warp = lane / 4 + 8 * r, position = row * BLOCK + warp * 16 + in_warp;
 #pragma unroll
         for (int j = 0; j < D / 8; j++) {
             float x[2];
@@ -463,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
             const int token = a.order ? a.order[(long long)h * a.tokens + position] : position;
             const float lse = (rows.unit[r] + log2_fast(total) - P_EXPONENT) * LN_2;
             a.lse[((long long)b * a.n_heads + h) * a.tokens + token] =
-                lse + a.lse_shift[tile * 64 + warp * 16 + in_warp];
+                lse + a.lse_shift[tile * BLOCK + warp * 16 + in_warp];
         }
     }
     __syncwarp();
@@ -471,7 +472,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
     constexpr int PIECES = D / 8;
 #pragma unroll 4
     for (int i = lane; i < 16 * PIECES; i += 32) {
-        const int in_warp = i / PIECES, channel = i % PIECES * 8, position = row * 64 + warp * 16 + in_warp;
+        const int in_warp = i / PIECES, channel = i % PIECES * 8, position = row * BLOCK + warp * 16 + in_warp;
         if (position < a.tokens && channel < a.head_dim) {
             const int token = a.order ? a.order[(long long)h * a.tokens + position] : position;
             *(uint4 *)(a.output + 2 * (b * a.stride_ob + h * a.stride_oh + token * a.stride_on + channel)) =

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paroattn.ops import hopper, triton_forward, triton_pack
-from paroattn.ops.triton_attention import INTERPRETED, on_device_of, target_here
+from paroattn.ops.triton_attention import INTERPRETED, on_device_of
 from paroattn.ops.triton_pack import Call, Heads, Lists, Packed
 
 
@@ -53,8 +53,6 @@ def run(
         (cos, sin) if cos is None or sin is None else (cos.contiguous(), sin.contiguous()),
         rotary or None,
         scale,
-        width=64 if query.shape[3] <= 64 else 128,
-        target=target_here(query.device),
     )
     with on_device_of(query):
         partial = triton_pack.partial_statistics(call) if {"int8", "fp8"} & {*qk, *pv} else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.ops import hopper, triton_prologue
-from paroattn.ops.triton_attention import INTERPRETED
+from paroattn.ops.triton_attention import INTERPRETED, target_here
 from paroattn.ops.triton_configs import Config, Kind, config, queries_per_program
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -21,14 +21,16 @@ _ROWS_AT_ONCE, _SLOTS_AT_ONCE = 64, 8  # rows of blocks that one program of the 
 _READ_AHEAD = 16  # numbers that `hopper` may read beyond a list, whose kernel says so
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
-    """One call: its tensors as `triton_attention.triton_attention` has them, and sizes.
+    """One call: its tensors as `triton_attention.triton_attention` has them, and sizes that follow from them.
 
     Attributes:
         order: int32 [H, N]; mask: uint8 [H, mask rows, bytes] with rows of mask_block_q queries; key_mask: uint8.
         compensate: uint8 [H], None without a mask.
+        group: how many heads share keys and values.
         width: of a head inside the kernels, 64 or 128.
+        mean_blocks: blocks of mean tokens, one of which stands for a block of keys.
         target: of `triton_configs`.
     """
 
@@ -43,37 +45,14 @@ class Call:
     angles: tuple[Tensor | None, Tensor | None]
     rotary: str | None
     scale: float
-    width: int
-    target: str
 
-    @property
-    def batch(self) -> int:
-        return self.query.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.query.shape[1]
-
-    @property
-    def tokens(self) -> int:
-        return self.query.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.query.shape[3]
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.key.shape[1]
-
-    @property
-    def kv_blocks(self) -> int:
-        return block_count(self.tokens, BLOCK)
-
-    @property
-    def mean_blocks(self) -> int:
-        """Blocks of mean tokens, one of which stands for a block of keys."""
-        return 0 if self.compensate is None else block_count(self.kv_blocks, BLOCK)
+    def __post_init__(self) -> None:
+        self.batch, self.heads, self.tokens, self.head_dim = self.query.shape
+        self.group = self.heads // self.key.shape[1]
+        self.width = 64 if self.head_dim <= 64 else 128
+        self.kv_blocks = block_count(self.tokens, BLOCK)
+        self.mean_blocks = 0 if self.compensate is None else block_count(self.kv_blocks, BLOCK)
+        self.target = target_here(self.query.device)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -126,7 +105,7 @@ def heads_of(call: Call, numbers: tuple[int, ...], qk: str, pv: str, on_hopper: 
     )
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """What the forwards read, but for the lists; `triton_forward.attention_forward` has the shapes.
 
@@ -142,11 +121,11 @@ class Packed:
     v_mean: Tensor | None
     v_scale: Tensor | None
     bias: Tensor | None
-    mean_keys: Tensor | None = None
-    mean_values: Tensor | None = None
-    mean_k_scale: Tensor | None = None
-    mean_v_scale: Tensor | None = None
-    mean_bias: Tensor | None = None
+    mean_keys: Tensor | None
+    mean_values: Tensor | None
+    mean_k_scale: Tensor | None
+    mean_v_scale: Tensor | None
+    mean_bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,10 +221,8 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         SWAPPED=heads.swapped,
         RECORD=heads.record,
     )
-    packed = Packed(queries, q_factor, lse_shift, keys, values, k_scale, v_mean, v_scale, bias)
-    if call.compensate is not None:
-        _pack_means(call, heads, means, packed)
-    return packed
+    packed_means = _packed_means(call, heads, means, v_scale)
+    return Packed(queries, q_factor, lse_shift, keys, values, k_scale, v_mean, v_scale, bias, *packed_means)
 
 
 def _channel_statistics(call: Call, partial: Tensor, pv: str) -> tuple[Tensor, ...]:
@@ -286,20 +263,24 @@ def _room_for_means(call: Call, packs: int) -> tuple[Tensor | None, ...]:
     return *means, call.new(packs, call.kv_blocks)
 
 
-def _pack_means(call: Call, heads: Heads, means: tuple[Tensor | None, ...], packed: Packed) -> None:
+def _packed_means(
+    call: Call, heads: Heads, means: tuple[Tensor | None, ...], v_scale: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Packed mean keys, mean values, scales of the keys and values, and bias."""
+    if call.compensate is None:
+        return (None,) * 5
     packs = call.batch * heads.slots
-    packed.mean_keys, packed.mean_values, packed.mean_k_scale = _room(call, heads, packs * call.mean_blocks)
-    packed.mean_v_scale = call.new(packs, call.mean_blocks)
-    packed.mean_bias = call.new(packs, call.mean_blocks * BLOCK)
+    keys, values, k_scale = _room(call, heads, packs * call.mean_blocks)
+    values_scale, bias = call.new(packs, call.mean_blocks), call.new(packs, call.mean_blocks * BLOCK)
     triton_prologue.pack_means[(call.mean_blocks, packs)](
         *means,
         heads.numbers,
-        packed.v_scale,
-        packed.mean_keys,
-        packed.mean_k_scale,
-        packed.mean_values,
-        packed.mean_v_scale,
-        packed.mean_bias,
+        v_scale,
+        keys,
+        k_scale,
+        values,
+        values_scale,
+        bias,
         call.heads,
         call.group,
         heads.slots,
@@ -310,6 +291,7 @@ def _pack_means(call: Call, heads: Heads, means: tuple[Tensor | None, ...], pack
         SWAPPED=heads.swapped,
         RECORD=heads.record,
     )
+    return keys, values, k_scale, values_scale, bias
 
 
 def kept_lists(call: Call, heads: Heads) -> Lists | None:
