@@ -3,18 +3,19 @@ PYTHON ?= python3
 CXX ?= g++
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint sanitize kernels
+.PHONY: demo test test-oldest lint sanitize kernels wheels
 
 demo: .venv/installed
 	$(BIN)/paroattn demo
 
+# One worker per core, with one thread each. A module's tests stay together, since they share fixtures.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadscope
 
 # What concerns diffusers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -k "not compil" tests/test_apply.py tests/test_models.py tests/test_schedule.py \
-		tests/test_requests.py tests/test_memory.py
+	.venv-oldest/bin/python -m pytest -n auto --dist loadscope -k "not compil" tests/test_apply.py tests/test_models.py \
+		tests/test_schedule.py tests/test_requests.py tests/test_memory.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -32,13 +33,18 @@ sanitize: .venv/installed
 
 # Every Triton kernel in every variant for every target, ahead of time; `make test` compiles the common ones.
 kernels: .venv/installed
-	$(BIN)/python benchmarks/triton_kernels.py --all
+	$(BIN)/python lab/benchmarks/triton_kernels.py --all
+
+# All distributions, checked, and installed into fresh environments.
+wheels: .venv/installed
+	$(BIN)/python .ci/check_wheels.py
 
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.
-.venv/installed: pyproject.toml constraints.txt $(wildcard csrc/*)
+.venv/installed: pyproject.toml lab/pyproject.toml lab/models/pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,dev]' --editable lab/models \
+		--editable 'lab[training]'
 	touch $@
 
 .venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
@@ -46,5 +52,6 @@ kernels: .venv/installed
 	.venv-oldest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	sed -n 's/^\([^#=]*==\).*/^\1/p' constraints-oldest.txt | grep -vf - constraints.txt > .venv-oldest/constraints.txt
 	cat constraints-oldest.txt >> .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt . pytest hypothesis peft
+	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt '.[cli]' pytest pytest-xdist \
+		hypothesis peft
 	touch $@

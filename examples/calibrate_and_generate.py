@@ -11,10 +11,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from paroattn_lab.quality.metrics import compare
+
 import paroattn
-from paroattn.evaluation.metrics import compare
-from paroattn.frames import save_frames
-from paroattn.integrations.generation import load_model
+from paroattn.cli.frames import save_frames
+from paroattn.cli.models import load_model
 
 
 def main(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compare two plans on the same prompts and seeds: paroattn's way to spend blocks, and the paper's.
+"""Compare two plans on the same prompts and seeds: paroattn's and the paper's.
 
     python examples/compare_two_plans.py
 
@@ -7,12 +7,12 @@ The command line does the same for plan files: `paroattn evaluate --plan one.saf
 
 from __future__ import annotations
 
+from paroattn_lab.quality.pairs import Variant, evaluate_variants
+from paroattn_lab.report.tables import evaluation_table
 from rich.console import Console
 
 import paroattn
-from paroattn.evaluation.pairs import Variant, evaluate_variants
-from paroattn.evaluation.tables import evaluation_table
-from paroattn.integrations.generation import load_model
+from paroattn.cli.models import load_model
 
 PAIRS = [("a slow red two over the cat", 1), ("a fast white six over the flower", 2)]
 
@@ -20,13 +20,14 @@ PAIRS = [("a slow red two over the cat", 1), ("a fast white six over the flower"
 def main() -> None:
     model = load_model("moving-digits", device="cpu", num_frames=2, num_inference_steps=2)
     arguments = [model.call_arguments("a slow green five over the temple")]
-    ours = paroattn.calibrate(model.pipe, arguments, density=0.4)
-    paper = paroattn.calibrate(model.pipe, arguments, density=0.4, method="paper")
-
-    evaluation = evaluate_variants(model, [Variant("paper", paper), Variant("ours", ours)], PAIRS)
+    plans = {
+        "paper": paroattn.calibrate_paper(model.pipe, arguments, density=0.4),
+        "paroattn": paroattn.calibrate(model.pipe, arguments, density=0.4),
+    }
+    evaluation = evaluate_variants(model, [Variant.of(plan, name, 0.4) for name, plan in plans.items()], PAIRS)
     Console(width=120).print(evaluation_table(evaluation))
     gain, error = evaluation.results[1].gain_over(evaluation.results[0])
-    print(f"ours over the paper's: {gain:+.2f} dB, standard error {error:.2f}")
+    print(f"paroattn over the paper's: {gain:+.2f} dB, standard error {error:.2f}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
             heads_first = (x.transpose(1, 2) for x in (query, key, value))
             output = nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
         else:
-            output = self.operator(query, key, value, step=torch.tensor(0))
+            output = self.operator(query, key, value, bucket=torch.tensor(0))
         return self.to_out(output.flatten(2))
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     query, key, _ = layer.to_qkv(hidden_states).unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
     for density in (1.0, 0.75, 0.5):
         plan = layer_plan(query, key, density)
-        layer.operator = paroattn.prepare(plan, device="cpu", dtype=torch.float32)
+        layer.operator = paroattn.prepare(plan, device="cpu", dtype=torch.float32, tensor_layout="NHD")
         error = (layer(hidden_states) - full).norm() / full.norm()
         print(f"density {density:g}: relative error {error:.4f}")
 

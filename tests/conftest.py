@@ -1,16 +1,9 @@
-"""Settings of the whole suite: few threads, and hypothesis examples that are the same in every run."""
+"""What the library's tests share."""
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
+import suite_settings  # noqa: F401 - sets threads and hypothesis
 
 from paroattn.ops import backend, cpu
-
-torch.set_num_threads(2)
-settings.register_profile(
-    "paroattn", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("paroattn")
 
 CPU_CAPABILITIES = [] if cpu.unavailable() else cpu.usable_capabilities()
 
@@ -24,11 +17,3 @@ def every_backend(request):
         else:
             patch.setenv(cpu.CAPABILITY_VARIABLE, request.param)
         yield request.param
-
-
-@pytest.fixture(scope="session")
-def report_inputs():
-    """What a report is made from, evaluated once for all its tests."""
-    import report_pages
-
-    return report_pages.report_inputs()

@@ -3,44 +3,18 @@
 import torch
 
 BLOCK = 64
+_ROWS = 2048  # that are looked at at once
 
 
 def dense_attention(query, key, value, scale=None):
-    """Plain softmax attention [B, H, N, D] in float64, grouped queries repeated; returns output and lse [B, H, N]."""
-    query, key, value = query.double(), key.double(), value.double()
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return logits.softmax(-1) @ value, logits.logsumexp(-1)
+    """Plain softmax attention [B, H, N, D], grouped queries repeated; returns output and lse [B, H, N]."""
+    return sparse_attention(query, key, value, scale=scale)
 
 
 def masked_attention(query, key, value, block_mask, permutation, scale=None, block_q=BLOCK, block_kv=BLOCK):
-    """Attention in which token i sees token j when the blocks of their positions in the reordered sequence are kept.
-
-    block_mask: bool [H, q blocks, kv blocks]; permutation: gather index [H, N].
-    """
-    heads, tokens = query.shape[1:3]
-    visible = torch.zeros(heads, tokens, tokens, dtype=torch.bool)
-    for head in range(heads):
-        position = torch.empty(tokens, dtype=torch.long)
-        position[permutation[head]] = torch.arange(tokens)
-        visible[head] = block_mask[head][position // block_q][:, position // block_kv]
-    query, key, value = query.double(), key.double(), value.double()
-    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ value
-
-
-def block_sums(q, k, order, scale=None):
-    """Sums of the blocks of softmax(q k^T) with rows and columns in the given order, float64, entry by entry."""
-    q, k = q.double(), k.double()
-    p = (q @ k.T * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
-    p = p[order][:, order]
-    blocks = -(-len(order) // BLOCK)
-    sums = torch.zeros(blocks, blocks, dtype=torch.float64)
-    for row in range(blocks):
-        for column in range(blocks):
-            sums[row, column] = p[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK].sum()
-    return sums
+    """Output where token i sees token j when the blocks of their positions in the reordered sequence are kept."""
+    settings = {"scale": scale, "block_q": block_q, "block_kv": block_kv}
+    return sparse_attention(query, key, value, block_mask, permutation, **settings)[0]
 
 
 def sparse_attention(
@@ -58,39 +32,62 @@ def sparse_attention(
 ):
     """Everything at once, token by token in the input's order; returns output [B, H, N, D] and lse [B, H, N].
 
-    A skipped block of `count` visible keys adds count * exp(q . mean(k) * scale) * mean(v) where `compensate[head]`.
-    With dtype float32 it is the plain computation that a tolerance is derived from.
+    block_mask: bool [H, q blocks, kv blocks]; permutation: gather index [H, N]. A skipped block of `count` visible keys
+    adds count * exp(q . mean(k) * scale) * mean(v) where `compensate[head]`. With dtype float32 it is the plain
+    computation that a tolerance is derived from.
     """
     batch, heads, tokens, head_dim = query.shape
-    group = heads // key.shape[1]
+    device, group = query.device, heads // key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    permutation = torch.arange(tokens).expand(heads, tokens) if permutation is None else permutation
-    visible = torch.ones(batch, tokens, dtype=torch.bool) if key_mask is None else key_mask
-    output, lse = (
-        torch.empty(batch, heads, tokens, head_dim, dtype=dtype),
-        torch.empty(batch, heads, tokens, dtype=dtype),
-    )
+    visible = torch.ones(batch, tokens, dtype=torch.bool, device=device) if key_mask is None else key_mask
+    output = torch.empty(batch, heads, tokens, head_dim, dtype=dtype, device=device)
+    lse = torch.empty(batch, heads, tokens, dtype=dtype, device=device)
     for b in range(batch):
         for h in range(heads):
             q, k, v = query[b, h].to(dtype), key[b, h // group].to(dtype), value[b, h // group].to(dtype)
-            position = permutation[h].argsort()
-            row, column = position // block_q, position // block_kv
-            kept = torch.ones(tokens, tokens, dtype=torch.bool)
-            if block_mask is not None:
-                kept = block_mask[h][row][:, column]
-            logits = [(q @ k.T * scale).masked_fill(~kept | ~visible[b], -torch.inf)]
-            values = [v]
-            if compensate is not None and compensate[h] and block_mask is not None:
-                for block in range(int(column.max()) + 1):
-                    members = (column == block) & visible[b]
-                    if members.any():
-                        added = q @ k[members].mean(0) * scale + members.sum().to(dtype).log()
-                        logits.append(added.masked_fill(block_mask[h][row, block], -torch.inf).unsqueeze(1))
-                        values.append(v[members].mean(0, keepdim=True))
-            logits = torch.cat(logits, 1)
-            lse[b, h] = logits.logsumexp(1)
-            output[b, h] = logits.softmax(1) @ torch.cat(values)
+            position = torch.arange(tokens, device=device) if permutation is None else permutation[h].argsort()
+            column = position // block_kv
+            means = compensate is not None and compensate[h] and block_mask is not None
+            if means:
+                members = [(column == block) & visible[b] for block in range(int(column.max()) + 1)]
+                count = torch.stack([own.sum() for own in members])
+                mean_k, mean_v = (
+                    torch.stack([x[own].mean(0) if own.any() else torch.zeros_like(x[0]) for own in members])
+                    for x in (k, v)
+                )
+            for start in range(0, tokens, _ROWS):
+                rows = slice(start, start + _ROWS)
+                logits, values = (q[rows] @ k.T * scale).masked_fill(~visible[b], -torch.inf), v
+                if block_mask is not None:
+                    kept = block_mask[h][position[rows] // block_q]  # [rows, kv blocks]
+                    logits = logits.masked_fill(~kept[:, column], -torch.inf)
+                if means:
+                    added = (q[rows] @ mean_k.T * scale + count.to(dtype).log()).masked_fill(kept, -torch.inf)
+                    logits, values = torch.cat((logits, added), 1), torch.cat((v, mean_v))
+                lse[b, h, rows] = logits.logsumexp(1)
+                output[b, h, rows] = logits.softmax(1) @ values
     return output, lse
+
+
+def rotated(x, angle, pairs):
+    """Rotary position embedding of x [..., N, D] by angle [N, D / 2], pairs "interleaved" or "halves", in float64."""
+    split, stack = ((-1, 2), -1) if pairs == "interleaved" else ((2, -1), -2)
+    first, second = x.double().unflatten(-1, split).unbind(stack)
+    cos, sin = angle.double().cos(), angle.double().sin()
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), stack).flatten(-2)
+
+
+def block_sums(q, k, order, scale=None):
+    """Sums of the blocks of softmax(q k^T) with rows and columns in the given order, float64, entry by entry."""
+    q, k = q.double(), k.double()
+    p = (q @ k.T * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
+    p = p[order][:, order]
+    blocks = -(-len(order) // BLOCK)
+    sums = torch.zeros(blocks, blocks, dtype=torch.float64)
+    for row in range(blocks):
+        for column in range(blocks):
+            sums[row, column] = p[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK].sum()
+    return sums
 
 
 def relative_error(x, reference):

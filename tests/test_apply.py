@@ -18,9 +18,9 @@ def record_calls(monkeypatch):
     """Every call of a prepared operator: step bucket, inputs, output, operator, key mask."""
     calls, original = [], PreparedAttention.__call__
 
-    def recording(self, query, key, value, *, step, key_mask=None):
-        output = original(self, query, key, value, step=step, key_mask=key_mask)
-        calls.append((int(step), (query, key, value), output, self, key_mask))
+    def recording(self, query, key, value, *, bucket, key_mask=None):
+        output = original(self, query, key, value, bucket=bucket, key_mask=key_mask)
+        calls.append((int(bucket), (query, key, value), output, self, key_mask))
         return output
 
     monkeypatch.setattr(PreparedAttention, "__call__", recording)

@@ -3,9 +3,9 @@
 import oracles
 import pytest
 import torch
+from attention_inputs import inputs, masks, permutations
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attention import inputs, masks, permutations
 
 import paroattn
 from paroattn import BlockMask, Precision

@@ -18,9 +18,9 @@ from paroattn.calibration.budget import (
     mixed_precision,
     select_by_cost,
 )
+from paroattn.calibration.calibrate import bucket_edges_by_change
+from paroattn.calibration.costs import LEVELS
 from paroattn.calibration.keep import least_density
-from paroattn.calibration.select import bucket_edges_by_change
-from paroattn.calibration.skip_cost import LEVELS
 from paroattn.plan import ModelIdentity
 
 GRID = TokenGrid(16, 8, 16)

@@ -6,8 +6,8 @@ import tiny
 import torch
 
 import paroattn
+from paroattn.calibration.paper import collect_block_sums
 from paroattn.calibration.statistics import OrderCriterion
-from paroattn.integrations.paper import collect_block_sums
 from paroattn.order import token_order
 from paroattn.plan import bucket_of
 
@@ -33,7 +33,7 @@ def test_the_plan_says_what_was_asked_for_and_fits_the_pipeline(pipe):
     assert plan.density() == pytest.approx(0.75, abs=1 / 32)  # to a block of one step
     assert [str(precision) for precision in plan.precisions] == ["int8"]
     assert plan.bucket_edges == (0.0, 0.25, 0.5, 0.75)
-    assert plan.provenance["method"] == "cost"
+    assert plan.provenance["method"] == "paroattn"
     assert plan.provenance["prompts"] == ["a", "b"]
     assert plan.provenance["num_inference_steps"] == tiny.STEPS
     with paroattn.apply(pipe, plan):

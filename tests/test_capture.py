@@ -8,9 +8,9 @@ import torch
 
 from paroattn import TokenGrid
 from paroattn.calibration import statistics
-from paroattn.calibration.calls import AttentionCall
 from paroattn.calibration.capture import BlockCosts, BlockSums, OrderScores, StepChange
 from paroattn.calibration.statistics import OrderCriterion, block_areas, block_sums, order_metrics
+from paroattn.integrations.observe import ObservedCall
 from paroattn.order import AXIS_ORDERS, token_order
 
 GRID, NAMES, SCALE = TokenGrid(3, 5, 7, 4, "prefix"), ("FHW", "WHF"), 0.4
@@ -19,7 +19,7 @@ GRID, NAMES, SCALE = TokenGrid(3, 5, 7, 4, "prefix"), ("FHW", "WHF"), 0.4
 def call(seed, layer=0, grid=GRID, heads=2, key_mask=None):
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(2, grid.tokens, heads, 8, generator=generator) for _ in range(3))
-    return AttentionCall(layer, 0, 1, grid, query, key, value, key_mask, SCALE)
+    return ObservedCall(layer, 0, 1, grid, query, key, value, key_mask, SCALE, dense=lambda: value)
 
 
 def brute_metrics(q, k, order, epsilon, sigma, rows=None):

@@ -6,13 +6,13 @@ import torch
 from click.testing import CliRunner
 
 import paroattn
-from paroattn.cli import main
-from paroattn.integrations.calibrate import collect_costs
-from paroattn.integrations.calibration_run import CalibrationRun
-from paroattn.integrations.checkpoint import Checkpoint, fingerprint, remove_work, weights_fingerprint
+from paroattn.calibration.calibrate import collect_costs
+from paroattn.calibration.checkpoint import Checkpoint, fingerprint, remove_work, weights_fingerprint
+from paroattn.calibration.run import CalibrationRun
+from paroattn.cli.group import command_line
 
 PROMPTS = [tiny.call_arguments(), {**tiny.call_arguments(), "prompt_embeds": tiny.NEGATIVE}]
-GENERATIONS = {"cost": 2 * len(PROMPTS) + 1 + tiny.STEPS, "paper": 2 * len(PROMPTS)}
+GENERATIONS = {"paroattn": 2 * len(PROMPTS) + 1 + tiny.STEPS, "paper": 2 * len(PROMPTS)}
 ORIGINAL = CalibrationRun.generate_one
 
 
@@ -33,7 +33,7 @@ def generations(monkeypatch):
         Generations.count += 1
         if Generations.count != Generations.stop_at:
             return ORIGINAL(run, number, **arguments)
-        scheduler = run.pipe.scheduler
+        scheduler = run.pipeline.scheduler
 
         def interrupt(*_, **__):
             raise KeyboardInterrupt
@@ -52,9 +52,10 @@ def generations(monkeypatch):
     return Generations
 
 
-def calibrate(pipe, folder, **changes):
+def calibrate(pipe, folder, method="paroattn", **changes):
     arguments = {"density": 0.75, "seed": 3, "progress": False, "work_dir": folder, **changes}
-    return paroattn.calibrate(pipe, PROMPTS, **arguments)
+    run = {"paroattn": paroattn.calibrate, "paper": paroattn.calibrate_paper}[method]
+    return run(pipe, PROMPTS, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def expected(pipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "stop_at"), [("cost", number) for number in range(1, 10)] + [("paper", number) for number in (1, 2, 4)]
+    ("method", "stop_at"),
+    [("paroattn", number) for number in range(1, 10)] + [("paper", number) for number in (1, 2, 4)],
 )
 def test_an_interrupted_calibration_goes_on_where_it_was(pipe, generations, expected, tmp_path, method, stop_at):
     generations.stop_at = stop_at
@@ -83,7 +85,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(pipe, generations, expe
 
 
 def test_the_effects_of_heads_are_resumed_bucket_by_bucket(pipe, tmp_path, monkeypatch):
-    from paroattn.integrations.effects import _HeadProbe
+    from paroattn.calibration.sensitivity import _HeadProbe
 
     arguments = {"densities": (0.75,), "seed": 3, "progress": False}
     expected = collect_costs(pipe, PROMPTS, **arguments)
@@ -169,13 +171,13 @@ def test_the_command_ends_with_one_line_and_goes_on(generations, tmp_path):
     arguments = ["calibrate", "--prompt", "a slow red two over the cat", "--density", "0.4", "--frames", "2"]
     arguments += ["--steps", "2", "--device", "cpu", "--output", str(tmp_path / "plan.safetensors")]
     generations.stop_at = 2
-    result = CliRunner().invoke(main, arguments)
+    result = CliRunner().invoke(command_line, arguments)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "Interrupted."
     assert "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors.work"]
     generations.stop_at, generations.count = None, 0
-    result = CliRunner().invoke(main, arguments)
+    result = CliRunner().invoke(command_line, arguments)
     assert result.exit_code == 0, result.output
     assert generations.count == 4  # costs, recording, and one for each of two steps
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]

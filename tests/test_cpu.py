@@ -7,15 +7,19 @@ import sys
 import oracles
 import pytest
 import torch
+from attention_inputs import call_of, exact_attention, inputs, masks, over_nan, permutations
 from conftest import CPU_CAPABILITIES
-from test_attention import inputs, masks, permutations
 
 import paroattn
-from paroattn import BlockMask, Precision
+from paroattn import Precision
 from paroattn.ops import cpu, reference
 from paroattn.ops.backend import choose_backend
+from paroattn.ops.inputs import CallKind
 
-pytestmark = pytest.mark.skipif(not CPU_CAPABILITIES, reason="paroattn was installed without a compiler")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not CPU_CAPABILITIES, reason="paroattn was installed without a compiler"),
+]
 
 PRECISIONS = ("exact", "bf16", "int8", "int4", "int8/exact", "exact/int8", "bf16/int4")
 
@@ -57,24 +61,15 @@ def kind_of_inputs(kind, tokens, head_dim):
 def test_errors_are_at_most_twice_the_references(capability, kind, precision, compensate):
     tokens = 330
     for head_dim in (40, 128):
-        query, key, value = kind_of_inputs(kind, tokens, head_dim)
         mask, order = masks(3, tokens, seed=head_dim), permutations(3, tokens)
-        common = {"key_mask": torch.rand(2, tokens) < 0.9, "compensate": compensate}
-        exact, exact_lse = oracles.sparse_attention(query, key, value, mask, order, **common)
-        errors = {}
-        for backend in ("reference", "cpu"):
-            output, lse = paroattn.attention(
-                query,
-                key,
-                value,
-                permutation=order,
-                block_mask=mask,
-                precision=precision,
-                backend=backend,
-                return_lse=True,
-                **common,
-            )
-            errors[backend] = ((output - exact).norm() / (1e-30 + exact.norm()), (lse - exact_lse).norm())
+        tensors, key_mask = kind_of_inputs(kind, tokens, head_dim), torch.rand(2, tokens) < 0.9
+        call = call_of(tensors, precision, mask, order, compensate, key_mask)
+        exact, exact_lse = exact_attention(call)
+        found = {"reference": reference.attend(call), "cpu": over_nan(cpu.run_kernel, call)}
+        errors = {
+            name: ((output - exact).norm() / (1e-30 + exact.norm()), (lse - exact_lse).norm())
+            for name, (output, lse) in found.items()
+        }
         assert errors["cpu"][0] <= 2 * errors["reference"][0] + 1e-6
         # A logit's own rounding to float32 and, with integer P, of its power of two to steps of 1/64.
         floor = 3e-7 * exact_lse.norm() + (0.003 * exact_lse.numel() ** 0.5 if "int" in precision else 0)
@@ -85,22 +80,19 @@ def test_errors_are_at_most_twice_the_references(capability, kind, precision, co
 @pytest.mark.parametrize("capability", [name for name in CPU_CAPABILITIES if "avx512" not in name], indirect=True)
 def test_integers_are_the_references(capability, number_format):
     """These kernels compute the exponent in float32, so only roundings at the middle of a step may fall otherwise."""
-    query, key, value = inputs(200, head_dim=32)
-    mask = BlockMask.from_dense(masks(2, 200), 200)
-    arguments = {"permutation": None, "block_mask": mask, "precisions": [Precision.parse(number_format)] * 2}
-    arguments |= {"compensate": torch.tensor([True, False]), "key_mask": None, "scale": 0.2}
-    expected, _ = reference.attend(query, key, value, p_quantization=cpu.P_QUANTIZATION, **arguments)
-    output, _ = cpu.attend(query, key, value, **arguments)
+    call = call_of(inputs(200, head_dim=32), number_format, masks(2, 200), compensate=[True, False], scale=0.2)
+    expected, _ = reference.attend(call, cpu.P_QUANTIZATION)
+    output, _ = over_nan(cpu.run_kernel, call)
     assert oracles.relative_error(output, expected) < 1e-4
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 16, 63, 64, 65, 80, 127, 128])
 @pytest.mark.parametrize("tokens", [1, 17, 64, 129])
 def test_any_size_fits(capability, tokens, head_dim):
-    query, key, value = inputs(tokens, heads=4, key_heads=2, head_dim=head_dim)
-    expected, expected_lse = oracles.dense_attention(query, key, value)
+    tensors = inputs(tokens, heads=4, key_heads=2, head_dim=head_dim)
+    expected, expected_lse = oracles.dense_attention(*tensors)
     for precision, allowed in (("exact", 1e-6), ("bf16", 0.01), ("int8", 0.05)):
-        output, lse = paroattn.attention(query, key, value, precision=precision, backend="cpu", return_lse=True)
+        output, lse = over_nan(cpu.run_kernel, call_of(tensors, precision))
         assert oracles.relative_error(output, expected) < allowed
         assert (lse - expected_lse).abs().max() < max(10 * allowed, 1e-5)
 
@@ -166,14 +158,10 @@ def test_threads_and_repetitions_change_no_bit(capability, precision):
 
 
 def test_exactly_the_kept_blocks_are_visited(capability):
-    tokens = 700
-    query, key, value = inputs(tokens, heads=2)
-    mask = masks(2, tokens)
-    output, lse = torch.empty_like(query), torch.empty(1, 2, tokens)
-    block_mask = BlockMask.from_dense(mask, tokens)
-    precisions, compensate = [Precision(), Precision.parse("int8")], torch.tensor([True, False])
-    arguments = cpu.kernel_arguments(query, key, value, None, block_mask, precisions, compensate, None, 0.2)
-    visited, seconds = cpu.run_kernel(output, lse, *arguments)
+    query, key, value = inputs(700, heads=2)
+    mask = masks(2, 700)
+    call = call_of((query, key, value), ["exact", "int8"], mask, compensate=[True, False])
+    visited, seconds = cpu.run_kernel(torch.empty_like(query), torch.empty(1, 2, 700), call)
     assert visited == mask.sum()
     assert seconds > 0
 
@@ -209,12 +197,9 @@ def test_the_layouts_strides_are_read_in_place(capability):
 
 
 def test_torch_accepts_the_operator(capability):
-    query, key, value = inputs(100, heads=2)
-    bits, flags = BlockMask.from_dense(masks(2, 100), 100).bits, torch.tensor([True, False])
-    torch.library.opcheck(
-        torch.ops.paroattn.cpu_attention,
-        (query, key, value, permutations(2, 100), bits, [64, 64], flags, None, "int8,exact", "int8,bf16", 0.25),
-    )
+    tensors, mask, order = inputs(100, heads=2), masks(2, 100), permutations(2, 100)
+    call = call_of(tensors, ["int8", "exact/bf16"], mask, order, compensate=[True, False])
+    torch.library.opcheck(torch.ops.paroattn.cpu_attention, call.flat())
 
 
 def test_one_graph_holds_the_call(monkeypatch):
@@ -235,13 +220,12 @@ def test_a_prepared_layer_is_one_graph_for_all_steps():
     from test_prepared import LAYER, TOKENS
 
     query, key, value = inputs(TOKENS, heads=3)
-    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="HND", backend="cpu")
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="cpu")
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    compiled(query, key, value, step=torch.tensor(0))
+    compiled(query, key, value, bucket=torch.tensor(0))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for bucket in (0, 1):
-            step = torch.tensor(bucket)
-            assert torch.equal(compiled(query, key, value, step=step), op(query, key, value, step=step))
+        for bucket in torch.arange(2):
+            assert torch.equal(compiled(query, key, value, bucket=bucket), op(query, key, value, bucket=bucket))
 
 
 @pytest.mark.parametrize(
@@ -253,19 +237,17 @@ def test_a_prepared_layer_is_one_graph_for_all_steps():
 )
 def test_what_it_does_not_do_is_named_and_auto_takes_the_reference(arguments, message):
     with pytest.raises(ValueError, match=message):
-        choose_backend("cpu", [Precision()], **arguments)
-    assert choose_backend("auto", [Precision()], **arguments) is reference
-    assert choose_backend("auto", [Precision()]) is cpu
+        choose_backend("cpu", CallKind([Precision()], **arguments))
+    assert choose_backend("auto", CallKind([Precision()], **arguments)) is reference
+    assert choose_backend("auto", CallKind([Precision()])) is cpu
 
 
 def test_indices_out_of_range_are_refused(capability):
-    query, key, value = inputs(100, heads=1)
     order = torch.arange(100).unsqueeze(0)
     order[0, 5] = 100
-    others = {"block_mask": None, "precisions": [Precision()], "compensate": None, "key_mask": None, "scale": 0.1}
     for wrong in (order, -order):
         with pytest.raises(ValueError, match="permutation holds"):
-            cpu.attend(query, key, value, permutation=wrong, **others)
+            cpu.attend(call_of(inputs(100, heads=1), order=wrong))
 
 
 def test_an_unknown_capability_is_named(monkeypatch):

@@ -4,11 +4,11 @@ import pytest
 import tiny
 import torch
 
+import paroattn
 from paroattn.block_mask import block_count
-from paroattn.integrations import effects
-from paroattn.integrations.attach import Attachment
-from paroattn.integrations.calibration_run import CalibrationRun
-from paroattn.integrations.effects import measure_effects
+from paroattn.calibration import sensitivity as effects
+from paroattn.calibration.run import CalibrationRun
+from paroattn.calibration.sensitivity import measure_effects
 from paroattn.ops import prepare
 from paroattn.plan import Plan
 
@@ -36,29 +36,25 @@ def with_one_head_skipped(pipe, draft, layer, head, step, seed=7):
     """Final latents with one head approximated at one step, the head's squared error there, and the model's outputs."""
     steps, found = [], {}
 
-    def intercept(index):
-        def attend(query, key, value, *, key_mask, scale, dense):
-            output = dense()
-            step_now = attachment.schedule.step
-            if index == layer and step_now == step:
-                op = prepare(draft.layer(layer), device="cpu", dtype=query.dtype, scale=scale)
-                bucket = torch.tensor(draft.bucket_of(step, tiny.STEPS))
-                changed = op(query, key, value, step=bucket)[:, :, head]
-                found["error"] = float((changed - output[:, :, head]).double().square().sum())
-                output = output.clone()
-                output[:, :, head] = changed
-            return output
+    def skip(call):
+        if (call.layer, call.step) != (layer, step):
+            return None
+        output = call.dense().clone()
+        how = {"device": "cpu", "dtype": call.query.dtype, "tensor_layout": "NHD", "scale": call.scale}
+        bucket = torch.tensor(draft.bucket_of(step, tiny.STEPS))
+        changed = prepare(draft.layer(layer), **how)(call.query, call.key, call.value, bucket=bucket)[:, :, head]
+        found["error"] = float((changed - output[:, :, head]).double().square().sum())
+        output[:, :, head] = changed
+        return output
 
-        return attend
-
-    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda *_: None, lambda _: None)
+    observation = paroattn.observe(pipe, skip)
     hook = pipe.transformer.register_forward_hook(lambda module, args, output: steps.append(output[0].clone()))
     try:
         arguments = {**tiny.call_arguments(), "generator": torch.Generator().manual_seed(seed)}
         return pipe(**arguments).frames, found.get("error"), steps
     finally:
         hook.remove()
-        attachment.remove()
+        observation.remove()
 
 
 def draft_errors(pipe, draft):
@@ -80,17 +76,13 @@ def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pip
     generator = torch.Generator().manual_seed(1)
     noise: dict = {}
 
-    def intercept(index):
-        def attend(query, key, value, *, key_mask, scale, dense):
-            output = dense().clone()
-            if noise.get("layer") == index:
-                output[:, :, noise["head"]] += noise["value"]
-            return output
+    def add_noise(call):
+        output = call.dense().clone()
+        if noise.get("layer") == call.layer:
+            output[:, :, noise["head"]] += noise["value"]
+        return output
 
-        return attend
-
-    attachment = Attachment(pipe, [intercept(index) for index in range(2)], lambda *_: None, lambda _: None)
-    with torch.no_grad():
+    with torch.no_grad(), paroattn.observe(pipe, add_noise):
         plain = calls[3][0]()
         for layer in range(2):
             for head in range(2):
@@ -101,7 +93,6 @@ def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pip
                     moved = calls[3][0]()
                     changes.append(float((moved - plain).double().square().sum() / value.double().square().sum()))
                 assert float(sensitivity[layer, head]) == pytest.approx(sum(changes) / 20, rel=0.2)
-    attachment.remove()
     assert (int4 > 0).all()
 
 

@@ -1,19 +1,21 @@
 """The CUDA kernel for Hopper without a GPU: what it can be given. `test_triton_kernels` has what compilers make of it.
 
-On a GPU, `benchmarks/gpu/correctness.py` compares it with float64; `triton_interpreted.py` has the layout it reads.
+On a GPU, tests/gpu compares it with float64; `triton_interpreted.py` has the layout it reads.
 """
 
 import ctypes
 import re
 import sys
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from paroattn.ops import hopper, triton_attention
+from paroattn.ops.gpu import backend, device, hopper
 
+pytestmark = pytest.mark.kernels
 SOURCE = Path(hopper.__file__).with_name("hopper_forward.cu")
 compiles = pytest.mark.skipif(hopper.unavailable() is not None, reason=f"{hopper.unavailable()}")
 
@@ -29,32 +31,21 @@ def test_arguments_are_those_of_the_kernel():
     """The structure that Python fills has the fields of the one that the kernel reads, in its order."""
     declared = re.search(r"struct Arguments \{(.*?)\};", SOURCE.read_text(), re.S)[1]
     size = {"int": ctypes.c_int, "long long": ctypes.c_longlong}
-    fields = []
+    found = []
     for line in declared.strip().splitlines():
         kind, names = re.match(r"\s*(?:const )?(u8|int|float|long long) (.*);", line).groups()
-        fields += [(x.strip("* "), ctypes.c_void_p if "*" in x else size[kind]) for x in names.split(",")]
-    assert fields == hopper._Arguments._fields_
+        found += [(x.strip("* "), ctypes.c_void_p if "*" in x else size[kind]) for x in names.split(",")]
+    assert found == hopper._Arguments._fields_
 
 
 @compiles
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("pv", ["int8", "fp8"])
-def test_sizes_are_those_of_the_kernel(width, pv):
-    """Records and shared memory as the kernel's constants lay them out, which NVRTC evaluates."""
-    from cuda.bindings import nvrtc
-
-    constants = SOURCE.read_text().partition("#define MINUS_INFINITY")[0]
-    wanted = {
-        "RECORD": hopper.record_bytes(width, pv),
-        "SCALE": hopper.scale_offset(width, pv),
-        "BARRIERS + 8 * (STAGES + 1)": hopper.shared_bytes(width, pv),
-    }
-    checks = "".join(f'static_assert({name} == {value}, "");\n' for name, value in wanted.items())
-    program = nvrtc.nvrtcCreateProgram((constants + checks).encode(), b"sizes.cu", 0, [], [])[1]
-    defined = {"D": width, "PV_FP8": int(pv == "fp8"), "STAGES": hopper.STAGES}
-    options = [f"-D{name}={value}".encode() for name, value in defined.items()]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS
+@pytest.mark.parametrize("part", [field.name for field in fields(hopper.Layout)])
+def test_a_layout_that_the_kernel_cannot_read_does_not_compile(monkeypatch, part):
+    layout = hopper.layout(64, "fp8")
+    wrong = replace(layout, **{part: getattr(layout, part) - 4})
+    monkeypatch.setattr(hopper, "layout", lambda *_: wrong)
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        hopper.compiled.__wrapped__(64, "fp8", torch.bfloat16)
 
 
 def test_it_takes_8_bits_and_an_output_in_whole_16_bytes():
@@ -100,35 +91,10 @@ def test_a_kernel_that_does_not_load_is_named_once_and_left(monkeypatch):
 def test_the_backend_says_whether_it_is_used(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(triton_attention, "target_of", lambda _: "sm90")
+    monkeypatch.setattr(device, "target_of", lambda _: "sm90")
     monkeypatch.setattr(hopper, "unavailable", lambda: None)
-    assert triton_attention.describe().endswith("NVIDIA H100, CUDA for int8")
+    assert backend.describe().endswith("NVIDIA H100, CUDA for int8")
     monkeypatch.setattr(hopper, "unavailable", lambda: "cuda-bindings is not installed")
-    assert triton_attention.describe().endswith("without CUDA for int8 (cuda-bindings is not installed)")
-    monkeypatch.setattr(triton_attention, "target_of", lambda _: "sm89")
-    assert triton_attention.describe().endswith("NVIDIA H100")
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or triton_attention.target_of(torch.device("cuda")) != "sm90",
-    reason="needs a GPU of sm90",
-)
-def test_it_agrees_with_the_triton_kernel(monkeypatch):
-    from test_attention import inputs, masks, permutations
-
-    from paroattn import BlockMask, Precision
-
-    tensors = [x.cuda().bfloat16() for x in inputs(333, heads=3, head_dim=64, batch=2)]
-    given = {
-        "permutation": permutations(3, 333).cuda(),
-        "block_mask": BlockMask.from_dense(masks(3, 333).cuda(), 333),
-        "precisions": [Precision.parse("int8")] * 3,
-        "compensate": torch.tensor([True, False, True]).cuda(),
-        "key_mask": None,
-        "scale": 0.125,
-    }
-    output, lse = triton_attention.attend(*tensors, **given)
-    monkeypatch.setattr(hopper, "takes", lambda *_: False)
-    expected, expected_lse = triton_attention.attend(*tensors, **given)
-    assert (output - expected).float().norm() < 2**-7 * expected.float().norm()
-    assert (lse - expected_lse).abs().max() < 1e-4
+    assert backend.describe().endswith("without CUDA for int8 (cuda-bindings is not installed)")
+    monkeypatch.setattr(device, "target_of", lambda _: "sm89")
+    assert backend.describe().endswith("NVIDIA H100")

@@ -9,12 +9,12 @@ import torch
 from click.testing import CliRunner
 
 from paroattn.block_mask import pack_bits, unpack_bits
-from paroattn.cli import main
-from paroattn.evaluation.inspection import head_densities, plan_difference, plan_facts
+from paroattn.cli.group import command_line
+from paroattn.plan_facts import head_densities, plan_difference, plan_facts
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(command_line, [str(argument) for argument in arguments])
 
 
 def masks(*skipped):

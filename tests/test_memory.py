@@ -13,7 +13,7 @@ from torch import nn
 import paroattn
 from paroattn.block_mask import block_count, text_blocks
 from paroattn.integrations import operators
-from paroattn.integrations.mask_stream import MaskStream
+from paroattn.integrations.operators import MaskStream
 
 MODEL = tiny_models.COGVIDEOX
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -201,7 +201,7 @@ def test_a_captured_graph_follows_the_step():
     query, key, value = torch.randn(3, 1, MODEL.grid.tokens, 2, 16, device=device, dtype=torch.bfloat16)
 
     def call():
-        return ready.call(query, key, value, step=ready.bucket)
+        return ready.operator(query, key, value, bucket=ready.bucket)
 
     expected = []
     for bucket in (0, 1):

@@ -14,7 +14,8 @@ from tiny_models import MODELS
 import paroattn
 from paroattn.block_mask import block_count, text_blocks, unpack_bits
 from paroattn.integrations.attach import Attachment
-from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules, identify, transformers_of
+from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules
+from paroattn.integrations.pipeline import Pipeline
 from paroattn.order import token_order
 
 
@@ -35,7 +36,7 @@ def relative_error(latents, expected):
 
 def half_of_the_blocks(model, pipe, buckets=1):
     """Random masks that keep the diagonal and what touches text, with `edges` to go with them."""
-    identity, blocks = identify(pipe), block_count(model.grid.tokens, 64)
+    identity, blocks = Pipeline(pipe).identity, block_count(model.grid.tokens, 64)
     generator = torch.Generator().manual_seed(5)
     masks = torch.rand(buckets, identity.layers, identity.heads, blocks, blocks, generator=generator) < 0.3
     masks |= torch.eye(blocks, dtype=torch.bool) | text_blocks(model.grid)
@@ -46,21 +47,20 @@ def half_of_the_blocks(model, pipe, buckets=1):
 def test_taking_over_changes_nothing_and_sees_every_layer_and_the_grid(model):
     pipe = model.pipe()
     full, grids, layers = model.latents(pipe), [], set()
-    modules = [module for transformer in transformers_of(pipe) for module in attention_modules(transformer)]
+    modules = [module for transformer in Pipeline(pipe).transformers for module in attention_modules(transformer)]
     processors = [module.processor for module in modules]
 
     def own_attention(layer):
-        def attend(query, key, value, *, key_mask, scale, dense):
+        def attend(call):
             layers.add(layer)
-            return dense()
+            return call.dense()
 
         return attend
 
     attachment = Attachment(
         pipe,
-        [own_attention(layer) for layer in range(identify(pipe).layers)],
+        [own_attention(layer) for layer in range(Pipeline(pipe).identity.layers)],
         lambda grid, hidden_states: grids.append(grid),
-        lambda schedule: None,
     )
     assert torch.equal(model.latents(pipe), full)
     attachment.remove()
@@ -127,7 +127,7 @@ def test_calibration_gives_a_plan_of_the_density_that_keeps_text_dense(model):
     assert torch.equal(model.latents(pipe), full)  # nothing stays behind
     with paroattn.apply(pipe, plan, strict=True):
         assert 1e-5 < relative_error(model.latents(pipe), full) < 0.5
-    paper = paroattn.calibrate(pipe, [model.call()], density=0.85, method="paper", progress=False)
+    paper = paroattn.calibrate_paper(pipe, [model.call()], density=0.85, progress=False)
     assert paper.density() == pytest.approx(0.85, abs=1 / blocks**2)
 
 

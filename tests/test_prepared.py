@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_attention import inputs, masks, permutations
+from attention_inputs import inputs, masks, permutations
 
 import paroattn
 from paroattn.block_mask import pack_bits
@@ -26,7 +26,7 @@ LAYER = LayerPlan(
 
 @pytest.mark.parametrize("bucket", [0, 1])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_the_step_selects_masks_and_compensation(bucket, layout):
+def test_the_bucket_selects_masks_and_compensation(bucket, layout):
     query, key, value = inputs(TOKENS, heads=HEADS, batch=2)
     key_mask = torch.arange(TOKENS).expand(2, -1) < 190
     expected = paroattn.attention(
@@ -43,27 +43,25 @@ def test_the_step_selects_masks_and_compensation(bucket, layout):
     op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout=layout, scale=0.3)
     if layout == "NHD":
         query, key, value, expected = (x.transpose(1, 2) for x in (query, key, value, expected))
-    assert torch.equal(op(query, key, value, step=torch.tensor(bucket), key_mask=key_mask), expected)
+    assert torch.equal(op(query, key, value, bucket=torch.tensor(bucket), key_mask=key_mask), expected)
 
 
 def test_a_layer_without_masks_is_dense_at_any_length():
     op = paroattn.prepare(LayerPlan(precisions=(Precision(),) * 2), device="cpu", dtype=torch.float32)
     for tokens in (1, 65):
-        query, key, value = inputs(tokens)
-        expected = paroattn.attention(query, key, value)
-        flipped = (x.transpose(1, 2) for x in (query, key, value))
-        assert torch.equal(op(*flipped, step=torch.tensor(0)).transpose(1, 2), expected)
+        tensors = inputs(tokens)  # "HND", both entry points' default
+        assert torch.equal(op(*tensors, bucket=torch.tensor(0)), paroattn.attention(*tensors))
 
 
 def test_what_it_was_not_prepared_for_is_refused():
-    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="HND")
-    step = torch.tensor(0)
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32)
+    bucket = torch.tensor(0)
     with pytest.raises(ValueError, match="prepared for torch.float32"):
-        op(*inputs(TOKENS, heads=HEADS, dtype=torch.float16), step=step)
+        op(*inputs(TOKENS, heads=HEADS, dtype=torch.float16), bucket=bucket)
     with pytest.raises(ValueError, match="3 heads and 201 tokens; this operator was prepared for 3 heads and 200"):
-        op(*inputs(201, heads=HEADS), step=step)
+        op(*inputs(201, heads=HEADS), bucket=bucket)
     with pytest.raises(ValueError, match="2 heads and 200 tokens"):
-        op(*inputs(TOKENS, heads=2), step=step)
+        op(*inputs(TOKENS, heads=2), bucket=bucket)
     with pytest.raises(ValueError, match="expected 'HND' or 'NHD'"):
         paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="BHND")
     with pytest.raises(ValueError, match="backend 'magic' is unknown"):
@@ -71,20 +69,20 @@ def test_what_it_was_not_prepared_for_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_step_may_be_any_integer_type(dtype):
-    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, tensor_layout="HND")
+def test_the_bucket_may_be_any_integer_type(dtype):
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32)
     query, key, value = inputs(TOKENS, heads=HEADS)
-    expected = op(query, key, value, step=torch.tensor(1))
-    assert torch.equal(op(query, key, value, step=torch.tensor(1, dtype=dtype)), expected)
-    assert not torch.equal(op(query, key, value, step=torch.tensor(0, dtype=dtype)), expected)
+    expected = op(query, key, value, bucket=torch.tensor(1))
+    assert torch.equal(op(query, key, value, bucket=torch.tensor(1, dtype=dtype)), expected)
+    assert not torch.equal(op(query, key, value, bucket=torch.tensor(0, dtype=dtype)), expected)
 
 
 def test_one_order_serves_all_heads_as_it_does_in_attention():
-    op = paroattn.prepare(replace(LAYER, orders=ORDERS[0]), device="cpu", dtype=torch.float32, tensor_layout="HND")
+    op = paroattn.prepare(replace(LAYER, orders=ORDERS[0]), device="cpu", dtype=torch.float32)
     shared = replace(LAYER, orders=ORDERS[:1], order_index=torch.zeros(HEADS, dtype=torch.int32))
-    expected = paroattn.prepare(shared, device="cpu", dtype=torch.float32, tensor_layout="HND")
+    expected = paroattn.prepare(shared, device="cpu", dtype=torch.float32)
     tensors = inputs(TOKENS, heads=HEADS)
-    assert torch.equal(op(*tensors, step=torch.tensor(0)), expected(*tensors, step=torch.tensor(0)))
+    assert torch.equal(op(*tensors, bucket=torch.tensor(0)), expected(*tensors, bucket=torch.tensor(0)))
 
 
 @pytest.mark.parametrize(

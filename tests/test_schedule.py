@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 import paroattn
-from paroattn.integrations.descriptors import transformers_of
+from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.schedule import Schedule
 
 
@@ -23,7 +23,8 @@ def steps_seen(pipe, generate):
         value = min((value, value * 1000), key=lambda item: float((timesteps - item).abs().min()))
         seen.append((schedule.step, (timesteps - value).abs() == (timesteps - value).abs().min()))
 
-    hooks = [transformer.register_forward_pre_hook(look, with_kwargs=True) for transformer in transformers_of(pipe)]
+    transformers = Pipeline(pipe).transformers
+    hooks = [transformer.register_forward_pre_hook(look, with_kwargs=True) for transformer in transformers]
     try:
         generate()
     finally:

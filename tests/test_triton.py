@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import inputs
+from attention_inputs import call_of, inputs
 
 import paroattn
 from paroattn import Precision
-from paroattn.ops import backend, triton_attention, triton_calibration, triton_configs
+from paroattn.calibration import gpu as calibration
+from paroattn.ops import reference
 from paroattn.ops.backend import choose_backend
-from paroattn.ops.triton_configs import Config, Kind
+from paroattn.ops.gpu import backend, configs, device
+from paroattn.ops.gpu.configs import Config, Kind
+from paroattn.ops.inputs import CallKind
+
+pytestmark = pytest.mark.kernels
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 HERE = Path(__file__).parent
@@ -33,11 +38,10 @@ def test_without_a_gpu_the_call_says_so_in_one_line():
     with pytest.raises(ValueError, match="backend 'triton' cannot do this: torch sees no GPU") as error:
         paroattn.attention(query, key, value, precision="int8", backend="triton")
     assert "\n" not in str(error.value)
-    arguments = (query, key, value, None, None, 64, None, None, None, None, "", "int8,int8", "int8,int8", 0.1)
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        torch.ops.paroattn.triton_attention(*arguments)
+        backend.attend(call_of((query, key, value), "int8"))
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        triton_calibration.block_sums(query[0, 0], key[0, 0], [torch.arange(10)], 0.1)
+        calibration.block_sums(query[0, 0], key[0, 0], [torch.arange(10)], 0.1)
     assert paroattn.backends()["triton"] == "torch sees no GPU"
 
 
@@ -58,17 +62,17 @@ print(paroattn.backends()["triton"])
 @pytest.fixture
 def gpu(monkeypatch):
     """As if an sm80 GPU were there."""
-    monkeypatch.setattr(triton_attention, "_missing", None)
-    monkeypatch.setattr(triton_attention, "describe", lambda: "a GPU")
-    monkeypatch.setattr(triton_attention, "target_of", lambda device: "sm80")
-    monkeypatch.setattr(triton_attention, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "describe", lambda: "a GPU")
+    monkeypatch.setattr(device, "_missing", None)
+    monkeypatch.setattr(device, "target_of", lambda _: "sm80")
+    monkeypatch.setattr(device, "INTERPRETED", False)
     return torch.device("cuda")
 
 
 def test_auto_takes_it_for_tensors_on_a_gpu(gpu):
     precisions = [Precision.parse("int8")]
-    assert choose_backend("auto", precisions, device=gpu, dtype=torch.bfloat16) is triton_attention
-    assert choose_backend("auto", precisions, device=torch.device("cpu")) is not triton_attention
+    assert choose_backend("auto", CallKind(precisions, gpu, torch.bfloat16)) is backend
+    assert choose_backend("auto", CallKind(precisions, torch.device("cpu"))) is not backend
 
 
 @pytest.mark.parametrize(
@@ -81,20 +85,20 @@ def test_auto_takes_it_for_tensors_on_a_gpu(gpu):
     ],
 )
 def test_what_it_does_not_do_is_named_and_auto_takes_the_reference(gpu, precision, dtype, block_shape, message):
-    arguments = {"device": gpu, "dtype": dtype, "block_shape": block_shape}
+    kind = CallKind([Precision.parse(precision)], gpu, dtype, block_shape)
     with pytest.raises(ValueError, match=message):
-        choose_backend("triton", [Precision.parse(precision)], **arguments)
-    assert choose_backend("auto", [Precision.parse(precision)], **arguments) is backend._BACKENDS["reference"]
+        choose_backend("triton", kind)
+    assert choose_backend("auto", kind) is reference
 
 
 def test_gpus_get_the_newest_target_of_their_generation():
     found = {(8, 0): "sm80", (8, 6): "sm86", (8, 7): "sm86", (8, 9): "sm89", (9, 0): "sm90", (10, 3): "sm100"}
     found |= {(12, 1): "sm120", (7, 5): None}
-    assert {capability: triton_configs.nearest_target(*capability) for capability in found} == found
+    assert {capability: device.nearest_target(*capability) for capability in found} == found
 
 
 def test_configurations_can_be_replaced(monkeypatch):
     kind = Kind(64, 128, "int8", "int8")
-    assert triton_configs.config("sm90", kind) != Config(2, 1)
-    monkeypatch.setitem(triton_configs.OVERRIDES, ("sm90", kind), Config(2, 1))
-    assert triton_configs.config("sm90", kind) == Config(2, 1)
+    assert configs.config("sm90", kind) != Config(2, 1)
+    monkeypatch.setitem(configs.OVERRIDES, ("sm90", kind), Config(2, 1))
+    assert configs.config("sm90", kind) == Config(2, 1)

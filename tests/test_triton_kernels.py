@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent / "lab" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import triton_kernels  # noqa: E402
 
-from paroattn.ops import hopper, triton_configs  # noqa: E402
-from paroattn.ops.triton_configs import Config, Kind  # noqa: E402
+from paroattn.ops.gpu import configs, hopper  # noqa: E402
+from paroattn.ops.gpu.configs import Config, Kind  # noqa: E402
+from paroattn.ops.gpu.device import SHARED_MEMORY  # noqa: E402
+
+pytestmark = pytest.mark.kernels
 
 
 def test_the_common_formats_compile_for_every_target():
@@ -28,7 +31,7 @@ def test_the_common_formats_compile_for_every_target():
 @pytest.mark.parametrize(("pv", "limit"), [("int8", 9.0), ("fp8", 8.2)])
 def test_the_main_loop_on_hopper_is_short(pv, limit):
     kind = Kind(64, 128, "int8", pv)
-    report = triton_kernels.forward_report("sm90", kind, triton_configs.config("sm90", kind))
+    report = triton_kernels.forward_report("sm90", kind, configs.config("sm90", kind))
     assert 5 < report.per_score <= limit
 
 
@@ -41,7 +44,7 @@ def test_the_cuda_kernel_compiles_without_spills_for_so_many_programs_as_it_says
     assert {"int8": {"IGMMA"}, "fp8": {"IGMMA", "QGMMA"}}[pv] == set(report.matrix)
     assert report.registers * hopper.THREADS * hopper.PROGRAMS[width] <= 2**16
     # A program takes 1 KB of shared memory more than it asks for.
-    assert (report.shared + 1024) * hopper.PROGRAMS[width] <= triton_configs.SHARED_MEMORY["sm90"]
+    assert (report.shared + 1024) * hopper.PROGRAMS[width] <= SHARED_MEMORY["sm90"]
     # Triton's loop takes 9.4 and 8.7 with D 64, 10.8 and 11.8 with D 128; both ways to copy a step are counted here.
     assert report.per_score < {"int8": {64: 8.6, 128: 9.8}, "fp8": {64: 7.2, 128: 8.8}}[pv][width]
 

@@ -5,7 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.grid import TokenGrid
-from paroattn.integrations.descriptors import identify
+from paroattn.integrations.pipeline import Pipeline
 from paroattn.order import AXIS_ORDERS
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
@@ -98,7 +98,7 @@ def latents(pipe, **changes):
 
 def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", **identity_changes):
     """Another order for each head; masks bool [buckets, layers, heads, blocks, blocks], default all true."""
-    identity = identify(pipe)
+    identity = Pipeline(pipe).identity
     layers, heads, blocks = identity.layers, identity.heads, block_count(grid.tokens, 64)
     if masks is None:
         masks = torch.ones(len(edges), layers, heads, blocks, blocks, dtype=torch.bool)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 
 BLOCK = 64
@@ -77,7 +78,7 @@ class BlockMask:
         """Pack a bool mask [heads, ceil(N / block_q), ceil(N / block_kv)]; True blocks are computed.
 
         Raises:
-            ValueError: wrong dtype or shape, or a row of blocks without any True.
+            InputError: wrong dtype or shape, or a row of blocks without any True.
 
         Example:
             >>> BlockMask.from_dense(torch.eye(3, dtype=torch.bool)[None], tokens=130).density
@@ -85,14 +86,14 @@ class BlockMask:
         """
         expected = (block_count(tokens, block_q), block_count(tokens, block_kv))
         if mask.dtype != torch.bool or mask.ndim != 3 or tuple(mask.shape[1:]) != expected:
-            raise ValueError(
+            raise InputError(
                 f"block_mask is {mask.dtype} {list(mask.shape)}; expected torch.bool [heads, {expected[0]}, "
                 f"{expected[1]}] for {tokens} tokens in blocks of {block_q} x {block_kv}"
             )
         # Values are not known while a graph is traced.
         if not torch.compiler.is_compiling() and not bool(mask.any(-1).all()):
             head, row = (~mask.any(-1)).nonzero()[0].tolist()
-            raise ValueError(
+            raise InputError(
                 f"block_mask keeps no block in row {row} of head {head}; every row of blocks needs at least one"
             )
         return cls(pack_bits(mask), tokens, block_q, block_kv)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from paroattn.errors import InputError
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -14,7 +16,7 @@ class TokenGrid:
     fastest. `text_tokens` more tokens stand before (`"prefix"`) or after (`"suffix"`) them.
 
     Raises:
-        ValueError: a size below 1, a negative number of text tokens, or an unknown text position.
+        InputError: a size below 1, a negative number of text tokens, or an unknown text position.
 
     Example:
         >>> TokenGrid(13, 30, 45, text_tokens=226, text_position="prefix").tokens
@@ -32,7 +34,7 @@ class TokenGrid:
             _check_integer(name, getattr(self, name), least=1)
         _check_integer("text_tokens", self.text_tokens, least=0)
         if self.text_position not in ("prefix", "suffix"):
-            raise ValueError(f"text_position is {self.text_position!r}; expected 'prefix' or 'suffix'")
+            raise InputError(f"text_position is {self.text_position!r}; expected 'prefix' or 'suffix'")
 
     @property
     def visual_tokens(self) -> int:
@@ -55,4 +57,4 @@ class TokenGrid:
 
 def _check_integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+        raise InputError(f"{name} is {value!r}; expected an integer of at least {least}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK
+from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 
 AXIS_ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
@@ -29,7 +30,7 @@ def token_order(name: str, grid: TokenGrid) -> Tensor:
         Visual tokens come first, text tokens last and in their own order.
 
     Raises:
-        ValueError: an unknown order name, or a tile larger than the grid.
+        InputError: an unknown order name, or a tile larger than the grid.
 
     Example:
         >>> token_order("WHF", TokenGrid(2, 1, 3)).tolist()
@@ -75,13 +76,13 @@ def _parse_tile(name: str, grid: TokenGrid) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d{1,2})x(\d{1,2})x(\d{1,2})", name)
     sides = tuple(int(side) for side in match.groups()) if match else ()
     if math.prod(sides) != BLOCK or not sides:
-        raise ValueError(
+        raise InputError(
             f"token order {name!r} is unknown; expected one of {', '.join(AXIS_ORDERS)}, or a tile such as '4x4x4' "
             f"whose sides have the product {BLOCK}"
         )
     frames, height, width = sides
     if frames > grid.frames or height > grid.height or width > grid.width:
-        raise ValueError(f"tile {name!r} is larger than the grid {grid}; expected a smaller box of {BLOCK} tokens")
+        raise InputError(f"tile {name!r} is larger than the grid {grid}; expected a smaller box of {BLOCK} tokens")
     return frames, height, width
 
 
@@ -159,11 +160,11 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def check_permutation(permutation: Tensor, heads: int, tokens: int) -> None:
-    """Raise `ValueError` unless `permutation` is an integer [N] or [heads, N] tensor of permutations of 0..N-1."""
+    """Raise `InputError` unless `permutation` is an integer [N] or [heads, N] tensor of permutations of 0..N-1."""
     if permutation.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"permutation has dtype {permutation.dtype}; expected torch.int32 or torch.int64")
+        raise InputError(f"permutation has dtype {permutation.dtype}; expected torch.int32 or torch.int64")
     if permutation.shape not in ((tokens,), (heads, tokens)):
-        raise ValueError(
+        raise InputError(
             f"permutation has shape {list(permutation.shape)}; expected [{tokens}] or [{heads}, {tokens}] "
             f"for {heads} heads and {tokens} tokens"
         )
@@ -171,4 +172,4 @@ def check_permutation(permutation: Tensor, heads: int, tokens: int) -> None:
         return  # values are not known while a graph is traced
     expected = torch.arange(tokens, device=permutation.device, dtype=permutation.dtype)
     if not bool((permutation.sort(dim=-1).values == expected).all()):
-        raise ValueError(f"permutation must hold each number from 0 to {tokens - 1} once per head")
+        raise InputError(f"permutation must hold each number from 0 to {tokens - 1} once per head")

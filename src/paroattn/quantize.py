@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from paroattn.errors import InputError
+
 NumberFormat = Literal["exact", "bf16", "int8", "int4", "fp8"]
 FORMATS = ("exact", "bf16", "int8", "int4", "fp8")
 GROUP = 64  # tokens of q and of k that share one scale, whatever the block size of the mask
@@ -38,7 +40,7 @@ class Precision:
     def __post_init__(self) -> None:
         for name in ("qk", "pv"):
             if getattr(self, name) not in FORMATS:
-                raise ValueError(f"precision {name} is {getattr(self, name)!r}; expected one of {', '.join(FORMATS)}")
+                raise InputError(f"precision {name} is {getattr(self, name)!r}; expected one of {', '.join(FORMATS)}")
 
     @classmethod
     def parse(cls, value: str | Precision) -> Precision:
@@ -46,7 +48,7 @@ class Precision:
         if isinstance(value, Precision):
             return value
         if not isinstance(value, str):
-            raise ValueError(f"precision is {value!r}; expected a Precision or one of {', '.join(FORMATS)}")
+            raise InputError(f"precision is {value!r}; expected a Precision or one of {', '.join(FORMATS)}")
         qk, _, pv = value.partition("/")
         return cls(qk, pv or qk)  # type: ignore[arg-type]
 

@@ -1,8 +1,8 @@
 """Spending a number of blocks where they count: densities per step bucket, layer and head, and the masks from them.
 
 The final result moves by about the sum over steps, layers and heads of weight x error. The error is the squared change
-of a head's output at a density (`skip_cost`), the weight what a unit of it does to the final result
-(`integrations.effects`).
+of a head's output at a density (`costs`), the weight what a unit of it does to the final result
+(`sensitivity`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import text_blocks
+from paroattn.calibration.costs import COMPENSATE, DROP, LEVELS
 from paroattn.calibration.keep import check_density, check_reachable, keep_best, least_density
-from paroattn.calibration.mask_table import MaskTable
-from paroattn.calibration.select import plan_from_masks
-from paroattn.calibration.skip_cost import COMPENSATE, DROP, LEVELS
-from paroattn.errors import PlanError
+from paroattn.calibration.mask_table import MaskTable, plan_from_masks
+from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan, bucket_lengths
 from paroattn.quantize import Precision
@@ -81,7 +80,7 @@ class Selection:
         dense_layers: number of layers, from the first, in which all blocks are computed, in exact arithmetic.
 
     Raises:
-        ValueError: dense_steps outside [0, 1), or a negative number of layers.
+        InputError: dense_steps outside [0, 1), or a negative number of layers.
     """
 
     score: Literal["cost", "block sum"] = "cost"
@@ -92,9 +91,9 @@ class Selection:
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense_steps < 1:
-            raise ValueError(f"dense_steps is {self.dense_steps!r}; expected a share of the schedule in [0, 1)")
+            raise InputError(f"dense_steps is {self.dense_steps!r}; expected a share of the schedule in [0, 1)")
         if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
-            raise ValueError(f"dense_layers is {self.dense_layers!r}; expected a number of layers, at least 0")
+            raise InputError(f"dense_layers is {self.dense_layers!r}; expected a number of layers, at least 0")
 
     def guarded(self, statistics: CostStatistics) -> Tensor:
         """Where all blocks are computed whatever they cost: dense steps and layers, bool [buckets, layers, heads]."""
@@ -122,7 +121,7 @@ def select_by_cost(
         int8_share: most heads that an "int4" plan computes in INT8, as a share in [0, 1].
 
     Raises:
-        ValueError: density or int8_share out of range, or an unknown precision.
+        InputError: density or int8_share out of range, or an unknown precision.
         PlanError: a density below what text blocks and one block per row need.
     """
     check_density(density)
@@ -174,7 +173,7 @@ def _score(statistics: CostStatistics, selection: Selection, place: tuple[int, .
     if selection.score == "cost":
         return statistics.costs[(COMPENSATE if compensated else DROP, *place)].float()
     if statistics.block_sums is None:
-        raise ValueError("score 'block sum' needs statistics with block sums; collect them with block_sums=True")
+        raise InputError("score 'block sum' needs statistics with block sums; collect them with block_sums=True")
     return statistics.block_sums[place]
 
 
@@ -183,7 +182,7 @@ def mixed_precision(
 ) -> tuple[tuple[Precision, ...], Tensor]:
     """Precisions and the index of each head, uint8 [layers, heads]: INT8 for the heads in which INT4 hurts most."""
     if not 0 <= int8_share <= 1:
-        raise ValueError(f"int8_share is {int8_share!r}; expected a number from 0 to 1")
+        raise InputError(f"int8_share is {int8_share!r}; expected a number from 0 to 1")
     index = torch.zeros(int4_effects.shape, dtype=torch.uint8)
     count = round(int8_share * index.numel())
     if "int4" not in (precision.qk, precision.pv) or not count:

@@ -6,6 +6,7 @@ from prompt to prompt.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count, text_blocks, visual_blocks
-from paroattn.calibration.calls import AttentionCall, order_of
+from paroattn.calibration.costs import LEVELS, SkipCosts
 from paroattn.calibration.kernels import KernelsFor, reference_everywhere
-from paroattn.calibration.skip_cost import LEVELS, SkipCosts
 from paroattn.calibration.statistics import OrderCriterion, order_metrics, probability_blocks
 from paroattn.grid import TokenGrid
+from paroattn.integrations.observe import ObservedCall
+from paroattn.order import token_order
 
 
 class Accumulator:
@@ -64,7 +66,7 @@ class OrderScores(Accumulator):
         self._samples = torch.zeros(layers, dtype=torch.float64)
         self._row_blocks = _drawn_rows(grid, BLOCK, row_share, seed)
 
-    def add(self, call: AttentionCall) -> None:
+    def add(self, call: ObservedCall) -> None:
         """Take one attention call."""
         for sample in call.samples():
             for head in range(call.heads):
@@ -108,7 +110,7 @@ class BlockSums(Accumulator):
         self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks)
         self._samples = torch.zeros(buckets, layers)
 
-    def add(self, bucket: int, call: AttentionCall) -> None:
+    def add(self, bucket: int, call: ObservedCall) -> None:
         """Take one attention call."""
         layer = call.layer
         block_sums = self._kernels_for(call.query.device).block_sums
@@ -156,7 +158,7 @@ class OrderErrors(Accumulator):
         self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
         self._errors = torch.zeros(layers, heads, len(order_names), len(LEVELS), dtype=torch.float64)
 
-    def add(self, call: AttentionCall) -> None:
+    def add(self, call: ObservedCall) -> None:
         """Take one attention call."""
         skip_costs = self._kernels_for(call.query.device).skip_costs
         for sample in call.samples():
@@ -189,7 +191,7 @@ class StepChange(Accumulator):
         self._sums: dict[int, Tensor] = {}
         self._calls: dict[int, set[int]] = {}
 
-    def add(self, call: AttentionCall) -> None:
+    def add(self, call: ObservedCall) -> None:
         """Take one attention call."""
         sums = self._sums.setdefault(call.step, torch.zeros(self._shape))
         self._calls.setdefault(call.step, set()).add(call.layer)
@@ -267,7 +269,7 @@ class BlockCosts(Accumulator):
         self._norms = torch.zeros(heads, dtype=torch.float64)
         self._samples = torch.zeros(heads[:2])
 
-    def add(self, bucket: int, call: AttentionCall) -> None:
+    def add(self, bucket: int, call: ObservedCall) -> None:
         """Take one attention call."""
         skip_costs = self._kernels_for(call.query.device).skip_costs
         for sample in call.samples():
@@ -304,3 +306,9 @@ def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tenso
     rows = max(1, visual_blocks(grid, block_q)[0].stop)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(rows, generator=generator)[: max(1, round(rows * share))].sort().values
+
+
+@functools.lru_cache(maxsize=256)
+def order_of(name: str, grid: TokenGrid) -> Tensor:
+    """`token_order`, kept: calls of one model ask for the same ones again and again."""
+    return token_order(name, grid)

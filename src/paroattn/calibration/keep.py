@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import text_blocks
-from paroattn.errors import PlanError
+from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
 
 
@@ -80,9 +80,9 @@ def least_density(grid: TokenGrid, block_q: int = 64) -> float:
 
 
 def check_density(density: float) -> None:
-    """Raise `ValueError` for what is no share of blocks."""
+    """Raise `InputError` for what is no share of blocks."""
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density is {density!r}; expected a number above 0, up to 1")
+        raise InputError(f"density is {density!r}; expected a number above 0, up to 1")
 
 
 def check_reachable(density: float, grid: TokenGrid, block_q: int = 64) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.calibration.skip_cost import SkipCosts, skip_costs
+from paroattn.calibration.costs import SkipCosts, skip_costs
 from paroattn.calibration.statistics import block_sums
 
 

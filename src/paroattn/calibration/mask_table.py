@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import pack_bits
+from paroattn.block_mask import BLOCK, pack_bits
+from paroattn.grid import TokenGrid
+from paroattn.plan import ModelIdentity, Plan
+from paroattn.quantize import Precision
 
 
 class MaskTable:
@@ -58,3 +63,43 @@ class MaskTable:
             self._numbers[key] = len(self._masks)
             self._masks.append(bits)
         return self._numbers[key]
+
+
+def plan_from_masks(
+    masks: MaskTable,
+    *,
+    model: ModelIdentity,
+    grid: TokenGrid,
+    order_names: tuple[str, ...],
+    order_index: Tensor,
+    bucket_edges: tuple[float, ...],
+    usage: Tensor,
+    block_q: int = BLOCK,
+    compensate: Tensor | None = None,
+    precisions: tuple[Precision, ...] = (Precision(),),
+    precision_index: Tensor | None = None,
+    provenance: Mapping[str, Any],
+) -> Plan:
+    """A plan from its masks.
+
+    A layer that is never called in a bucket gets all blocks there: another schedule may call it after all.
+
+    Args: as the attributes of `Plan`; compensate None stands for nowhere, precision_index None for the first precision.
+    """
+    masks.keep_all(usage == 0)
+    table, index = masks.packed()
+    return Plan(
+        model=model,
+        grid=grid,
+        order_names=order_names,
+        order_index=order_index,
+        precisions=precisions,
+        precision_index=torch.zeros(index.shape[1:], dtype=torch.uint8) if precision_index is None else precision_index,
+        bucket_edges=bucket_edges,
+        mask_table=table,
+        mask_index=index,
+        compensate=torch.zeros(index.shape, dtype=torch.bool) if compensate is None else compensate,
+        usage=usage,
+        provenance=provenance,
+        block_q=block_q,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from paroattn.block_mask import BLOCK, block_count
+from paroattn.errors import InputError
 from paroattn.order import inverse_order
 
 _CHUNK_ENTRIES = 2**20  # entries of P held at once, so that a chunk stays in the processor's cache
@@ -36,11 +37,11 @@ class OrderCriterion:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; expected a number from 0 to 1")
+            raise InputError(f"alpha is {self.alpha}; expected a number from 0 to 1")
         if not 0 < self.sigma <= 1:
-            raise ValueError(f"sigma is {self.sigma}; expected a number above 0, up to 1")
+            raise InputError(f"sigma is {self.sigma}; expected a number above 0, up to 1")
         if self.relative_epsilon <= 0 or (self.epsilon is not None and self.epsilon <= 0):
-            raise ValueError("epsilon and relative_epsilon must be above 0")
+            raise InputError("epsilon and relative_epsilon must be above 0")
 
     def epsilon_for(self, tokens: int) -> float:
         return self.relative_epsilon / tokens if self.epsilon is None else self.epsilon

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.errors import PlanError
+from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment
-from paroattn.integrations.descriptors import describe, identify, transformers_of
+from paroattn.integrations.descriptors import describe
 from paroattn.integrations.operators import Operators, PlannedLayer, Request
+from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.schedule import Schedule
 from paroattn.plan import LayerPlan, ModelIdentity, Plan
 from paroattn.quantize import Precision
@@ -42,41 +43,41 @@ def apply(
 
     Raises:
         PlanError: the plan is for another model, number of heads or layers; with `strict` also while generating.
-        ValueError: an unknown model class, precision or backend; both or neither of plan and precision.
+        InputError: an unknown model class, precision or backend; both or neither of plan and precision.
 
     Example:
         >>> with paroattn.apply(pipe, plan):  # doctest: +SKIP
         ...     video = pipe(prompt="a cat").frames
     """
     if (plan is None) == (precision is None):
-        raise ValueError("apply takes either a plan or a precision; got " + ("both" if plan is not None else "neither"))
-    identity = identify(pipe)
+        raise InputError("apply takes either a plan or a precision; got " + ("both" if plan is not None else "neither"))
+    pipeline = Pipeline(pipe)
+    identity = pipeline.identity
     layers: list[LayerPlan] = []
     if plan is not None:
         check_model(plan, identity)
-        text = describe(transformers_of(pipe)[0]).text
+        text = describe(pipeline.transformers[0]).text
         if plan.grid.text_tokens and plan.grid.text_position != text:
             raise PlanError(f"plan has text tokens as {plan.grid.text_position}; this model has them as {text}")
     else:
         parsed = Precision.parse(precision)  # type: ignore[arg-type]
         layers = [LayerPlan(precisions=(parsed,) * identity.heads)] * identity.layers
-    return Handle(pipe, plan, Operators(plan, layers, backend), identity.layers, strict)
+    return Handle(pipeline, plan, Operators(plan, layers, backend), strict)
 
 
 class Handle:
     """What `apply` returns; `remove()` restores the pipeline."""
 
-    def __init__(self, pipe: Any, plan: Plan | None, operators: Operators, layers: int, strict: bool):
+    def __init__(self, pipeline: Pipeline, plan: Plan | None, operators: Operators, strict: bool):
         self.plan = plan
         self._operators = operators
         self._strict = strict
         self._request = Request()
         self._warned = False
         self._ready_for: tuple[torch.device, torch.dtype] | None = None
-        self._intercepts = [PlannedLayer(operators, layer, self._request) for layer in range(layers)]
-        self._attachment = Attachment(pipe, self._intercepts, self._before_call, self._follow)
-        first: Any = transformers_of(pipe)[0]
-        self._make_ready(first.device, first.dtype)
+        self._intercepts = [PlannedLayer(operators, layer, self._request) for layer in range(pipeline.identity.layers)]
+        self._attachment = Attachment(pipeline, self._intercepts, self._before_call, self._follow)
+        self._make_ready(*pipeline.place)
 
     def remove(self) -> None:
         """Restore the pipeline's own attention, bitwise."""

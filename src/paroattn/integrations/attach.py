@@ -1,20 +1,23 @@
-"""Attaching intercepts to a pipeline: the part that applying a plan and calibrating have in common."""
+"""Attaching intercepts to a pipeline: what applying a plan, calibrating and observing have in common."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
-from paroattn.integrations.descriptors import TRANSFORMERS, attention_modules, describe, transformers_of
+from paroattn.integrations.descriptors import describe
+from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import Intercept, is_rebound, rebind
 from paroattn.integrations.schedule import Schedule
 
-OnCall = Callable[[TokenGrid | None, Tensor], None]
+OnForward = Callable[[TokenGrid | None, Tensor], None]
 """Called before each forward pass of a transformer with its token grid (None: its visual tokens are no single box) and
 its `hidden_states`; may raise."""
 
@@ -25,33 +28,33 @@ class Attachment:
     Args:
         pipe: a diffusers pipeline.
         intercepts: one per self-attention layer; the layers of a second transformer follow those of the first.
-        on_call: see `OnCall`.
-        on_step: called whenever the denoising step changes.
+        on_forward: see `OnForward`; default: nothing.
+        on_step: called whenever the denoising step changes; default: nothing.
     """
 
     def __init__(
         self,
         pipe: Any,
         intercepts: Sequence[Intercept],
-        on_call: OnCall,
-        on_step: Callable[[Schedule], None],
+        on_forward: OnForward = lambda grid, hidden_states: None,
+        on_step: Callable[[Schedule], None] = lambda schedule: None,
     ):
-        self._pipe = pipe
-        self._on_call = on_call
-        self._originals: list[tuple[Any, Any]] = []
-        self._hooks: list[Any] = []
-        transformers = transformers_of(pipe)
-        modules = [attention_modules(transformer) for transformer in transformers]
+        self._pipeline = Pipeline(pipe)
+        self._on_forward = on_forward
+        modules = self._pipeline.layers
         if any(is_rebound(module.processor) for own in modules for module in own):
-            raise ValueError("paroattn is already applied to this pipeline; call remove() on its handle first")
+            raise InputError("paroattn is already applied to this pipeline; call remove() on its handle first")
         remaining = iter(intercepts)
         rebound = [[rebind(module.processor, next(remaining)) for module in own] for own in modules]
-        self.schedule = Schedule(pipe.scheduler, on_step)
-        for transformer, own, processors in zip(transformers, modules, rebound, strict=True):
-            for module, processor in zip(own, processors, strict=True):
+        self.schedule = Schedule(self._pipeline.scheduler, on_step)
+        self._originals: list[tuple[Any, Any]] = []
+        self._hooks: list[Any] = []
+        for number, (own, processors) in enumerate(zip(modules, rebound, strict=True)):
+            installed = list(zip(own, processors, strict=True))
+            for module, processor in installed:
                 self._originals.append((module, module.processor))
                 module.processor = processor
-            self._hooks.append(self._watch(transformer, list(zip(own, processors, strict=True))))
+            self._hooks.append(self._pipeline.hook_before(number, self._watcher(number, installed)))
         self._attached = True
 
     def remove(self) -> None:
@@ -65,8 +68,17 @@ class Attachment:
         for module, processor in self._originals:
             module.processor = processor
 
-    def _watch(self, transformer: Any, installed: list[tuple[Any, Any]]) -> Any:
-        """Look at each forward call of a transformer before it runs."""
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _watcher(self, number: int, installed: list[tuple[Any, Any]]) -> Any:
+        """Looks at each forward call of a transformer before it runs."""
+        transformer = self._pipeline.transformers[number]
         descriptor, config = describe(transformer), transformer.config
         names = list(inspect.signature(type(transformer).forward).parameters)[1:]
 
@@ -75,19 +87,16 @@ class Attachment:
             if torch.compiler.is_compiling():
                 # A transformer compiled in place is watched from within its graph, where only shapes are known.
                 if not descriptor.box_from_values:
-                    self._on_call(descriptor.grid(config, arguments), arguments["hidden_states"])
+                    self._on_forward(descriptor.grid(config, arguments), arguments["hidden_states"])
                 return
-            if self._pipe.scheduler is not self.schedule.scheduler:
-                raise ValueError("the pipeline's scheduler was replaced after paroattn was applied; apply again")
+            if self._pipeline.scheduler is not self.schedule.scheduler:
+                raise InputError("the pipeline's scheduler was replaced after paroattn was applied; apply again")
             if any(module.processor is not processor for module, processor in installed):
-                raise ValueError(
+                raise InputError(
                     "the transformer's attention processors were replaced after paroattn was applied (by fusing "
                     "projections or loading an adapter, say); call remove() on its handle and apply again"
                 )
             self.schedule.observe(arguments.get("timestep"))
-            self._on_call(descriptor.grid(config, arguments), arguments["hidden_states"])
+            self._on_forward(descriptor.grid(config, arguments), arguments["hidden_states"])
 
-        # A compiled transformer is a module around the original one; watched there, this code is not compiled.
-        own = [getattr(self._pipe, name, None) for name in TRANSFORMERS]
-        outer = next(item for item in own if item is not None and getattr(item, "_orig_mod", item) is transformer)
-        return outer.register_forward_pre_hook(before_forward, with_kwargs=True)
+        return before_forward

@@ -5,8 +5,6 @@ A new model is a new entry of `DESCRIPTORS` (docs/models.md shows one).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
-from paroattn.plan import ModelIdentity
-
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Attributes of pipelines that hold the transformers which denoise, in the order in which they run."""
 
 Box = tuple[int, int, int]
 """Frames, height and width in tokens."""
@@ -120,25 +115,11 @@ DESCRIPTORS = {
 
 
 def describe(transformer: nn.Module) -> ModelDescriptor:
-    """The descriptor of a transformer, or `ValueError` naming the classes that have one."""
+    """The descriptor of a transformer, or `InputError` naming the classes that have one."""
     name = type(transformer).__name__
     if name not in DESCRIPTORS:
-        raise ValueError(f"transformer is a {name}; paroattn knows {', '.join(DESCRIPTORS)}")
+        raise InputError(f"transformer is a {name}; paroattn knows {', '.join(DESCRIPTORS)}")
     return DESCRIPTORS[name]
-
-
-def transformers_of(pipe: Any) -> list[nn.Module]:
-    """The transformers of a diffusers pipeline that denoise, in the order in which they run, or `ValueError`.
-
-    Wan 2.2 has two. A transformer that was compiled is given as it was before.
-    """
-    found = [getattr(pipe, name, None) for name in TRANSFORMERS]
-    transformers = [getattr(item, "_orig_mod", item) for item in found if isinstance(item, nn.Module)]
-    if not transformers or getattr(pipe, "scheduler", None) is None:
-        raise ValueError(
-            f"pipe is a {type(pipe).__name__}; expected a diffusers pipeline with transformer and scheduler"
-        )
-    return transformers
 
 
 def attention_modules(transformer: nn.Module) -> list[Any]:
@@ -150,23 +131,3 @@ def attention_modules(transformer: nn.Module) -> list[Any]:
             if match:
                 found.append((rank, int(match.group(1)), module))
     return [module for _, _, module in sorted(found, key=lambda item: item[:2])]
-
-
-def identify(pipe: Any) -> ModelIdentity:
-    """The identity that plans are checked against; weights do not count, so fine-tunes can share plans.
-
-    The layers of a second transformer follow those of the first.
-    """
-    transformers = transformers_of(pipe)
-    layers = sum(len(attention_modules(transformer)) for transformer in transformers)
-    configs: list[Any] = [transformer.config for transformer in transformers]
-    public = [{key: value for key, value in dict(config).items() if not key.startswith("_")} for config in configs]
-    # The configs of two transformers are listed, the one of a single transformer stands alone.
-    described = json.dumps(public[0] if len(public) == 1 else public, sort_keys=True, default=str)
-    return ModelIdentity(
-        class_name=type(transformers[0]).__name__,
-        config_hash=hashlib.sha256(described.encode()).hexdigest(),
-        layers=layers,
-        heads=configs[0].num_attention_heads,
-        head_dim=configs[0].attention_head_dim,
-    )

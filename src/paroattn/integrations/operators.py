@@ -1,16 +1,22 @@
-"""A plan's operators, made for the devices and dtypes that a model brings."""
+"""A plan's operators, made for the devices and dtypes that a model brings, and the masks of the current step there.
+
+A large model's masks of all steps take hundreds of megabytes of GPU memory. On a GPU only those of the current step are
+kept, in buffers whose addresses never change, so that captured graphs read them; the next step's wait beside them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from paroattn.integrations.mask_stream import MaskStream
+from paroattn.errors import InputError
+from paroattn.integrations.observe import ObservedCall
+from paroattn.integrations.rebind import AttentionCall
 from paroattn.ops import PreparedAttention
 from paroattn.ops.backend import choose_backend
+from paroattn.ops.inputs import CallKind
 from paroattn.ops.prepared import choose_for_layer
 from paroattn.plan import LayerPlan, Plan
 
@@ -24,7 +30,7 @@ class Operators:
         backend: "auto" or a backend's name.
 
     Raises:
-        ValueError: an unknown backend, or a precision it does not have.
+        InputError: an unknown backend, or a precision it does not have.
     """
 
     def __init__(self, plan: Plan | None, layers: list[LayerPlan], backend: str):
@@ -37,7 +43,7 @@ class Operators:
             for layer in layers:
                 choose_for_layer(backend, layer)
         else:
-            choose_backend(backend, plan.precisions, block_shape=(plan.block_q, plan.block_kv))
+            choose_backend(backend, CallKind(plan.precisions, block_shape=(plan.block_q, plan.block_kv)))
 
     def show(self, bucket: int) -> None:
         """Use a step bucket's masks from now on."""
@@ -57,12 +63,18 @@ class Operators:
 class ReadyOperator:
     """An operator with the step bucket that it takes, a 0-dim tensor changed in place."""
 
-    call: PreparedAttention
+    operator: PreparedAttention
     bucket: Tensor
 
     def fits(self, query: Tensor, scale: float | None) -> bool:
         """Whether it was made for queries like this one."""
-        return query.dtype == self.call.dtype and query.device == self.call.device and scale == self.call.scale
+        return (
+            query.dtype == self.operator.dtype and query.device == self.operator.device and scale == self.operator.scale
+        )
+
+    def run(self, call: AttentionCall | ObservedCall) -> Tensor:
+        """The output of a call, [B, N, H, D]."""
+        return self.operator(call.query, call.key, call.value, bucket=self.bucket, key_mask=call.key_mask)
 
 
 @dataclass
@@ -123,27 +135,19 @@ class PlannedLayer:
         """Get the operator before a call that may be compiled, where it could not be made."""
         self._ready = self._operators.ready(self._layer, device, dtype, None)
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_mask: Tensor | None,
-        scale: float | None,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
-        if self._request.stays_dense or key.shape[1] != query.shape[1]:
-            return dense()
+    def __call__(self, call: AttentionCall) -> Tensor:
+        if self._request.stays_dense or not call.attends_to_itself:
+            return call.dense()
+        query, scale = call.query, call.scale
         ready = self._ready
         if ready is None or not ready.fits(query, scale):
             if torch.compiler.is_compiling():
-                raise ValueError(
+                raise InputError(
                     f"paroattn has no operator for {query.dtype} on {query.device} in compiled code; apply it after "
                     "torch.compile(pipe.transformer), or compile with pipe.transformer.compile_repeated_blocks()"
                 )
             ready = self._ready = self._operators.ready(self._layer, query.device, query.dtype, scale)
-        return ready.call(query, key, value, step=ready.bucket, key_mask=key_mask)
+        return ready.run(call)
 
 
 @dataclass
@@ -151,3 +155,55 @@ class Request:
     """What is known of the forward call in progress."""
 
     stays_dense: bool = False
+
+
+class MaskStream:
+    """The masks of all layers of a plan at the current step bucket.
+
+    Args:
+        plan: the plan.
+        device: where the masks are needed.
+
+    Attributes:
+        current: uint8 [layers, heads, q blocks, bytes] on the device, changed in place by `show`.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self._table = plan.mask_table
+        self._index = plan.mask_index.long()  # [step buckets, layers, heads]
+        shape = (*self._index.shape[1:], *self._table.shape[1:])
+        self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+        self._next = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.current = torch.empty_like(self._next)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._waiting: int | None = None  # the bucket in `_next`
+        self._shown: int | None = None
+
+    def show(self, bucket: int) -> None:
+        """Make a bucket's masks current, for what is enqueued from now on, and fetch those of the bucket after it."""
+        if bucket == self._shown:
+            return
+        if bucket != self._waiting:
+            self._fetch(bucket)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.current.device).wait_stream(self._stream)
+        self.current.copy_(self._next)
+        self._shown = bucket
+        self._fetch((bucket + 1) % len(self._index))
+
+    def _fetch(self, bucket: int) -> None:
+        self._waiting = bucket
+        if self._stream is None:
+            self._gather(bucket)
+            self._next.copy_(self._host)
+            return
+        self._stream.synchronize()  # the copy before this one has read `_host`; it was started a step ago
+        self._gather(bucket)
+        self._stream.wait_stream(torch.cuda.current_stream(self.current.device))  # `_next` has become current
+        with torch.cuda.stream(self._stream):
+            self._next.copy_(self._host, non_blocking=True)
+
+    def _gather(self, bucket: int) -> None:
+        masks: Tensor = self._index[bucket].flatten()
+        torch.index_select(self._table, 0, masks, out=self._host.view(len(masks), *self._table.shape[1:]))

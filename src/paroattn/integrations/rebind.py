@@ -14,32 +14,41 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from paroattn.errors import InputError
 
-class Intercept(Protocol):
-    """Takes the place of one layer's attention.
 
-    Tensors are [B, N, H, D]; key_mask is bool [B, N], False for keys to ignore, or None; `dense` is the model's own
-    attention. Cross-attention of the same processor (an IP-adapter's) arrives too: its keys are not as many as its
-    queries.
+class AttentionCall(NamedTuple):
+    """A call of a layer's attention that was intercepted.
+
+    Attributes:
+        query, key, value: [B, N, H, D].
+        key_mask: bool [B, N], False for keys to ignore, or None.
+        scale: factor of the logits, or None for 1 / sqrt(D).
+        dense: computes it with the model's own attention, [B, N, H, D].
     """
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_mask: Tensor | None,
-        scale: float | None,
-        dense: Callable[[], Tensor],
-    ) -> Tensor: ...
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scale: float | None
+    dense: Callable[[], Tensor]
+
+    @property
+    def attends_to_itself(self) -> bool:
+        """False for cross-attention of the same processor (an IP-adapter's)."""
+        return self.key.shape[1] == self.query.shape[1]
+
+
+Intercept = Callable[[AttentionCall], Tensor]
+"""Takes the place of one layer's attention: the output, [B, N, H, D]."""
 
 
 def rebind(processor: Any, intercept: Intercept) -> Any:
@@ -77,7 +86,7 @@ class _Redirected:
     ) -> Tensor:
         """In place of `dispatch_attention_fn`, tensors [B, N, H, D]."""
         if parallel_config is not None:
-            raise ValueError(
+            raise InputError(
                 "paroattn does not run under context parallelism; call remove() on its handle, or disable parallelism"
             )
 
@@ -98,7 +107,7 @@ class _Redirected:
         if is_causal or not _hides_keys_only(attn_mask, key):
             return dense()
         key_mask = None if attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
-        return self._paroattn_intercept(query, key, value, key_mask=key_mask, scale=scale, dense=dense)
+        return self._paroattn_intercept(AttentionCall(query, key, value, key_mask, scale, dense))
 
     def _paroattn_sdpa(
         self,
@@ -121,8 +130,9 @@ class _Redirected:
 
         if is_causal or attn_mask is not None:
             return dense().transpose(1, 2)
-        heads_last = (x.transpose(1, 2) for x in (query, key, value))
-        return self._paroattn_intercept(*heads_last, key_mask=None, scale=scale, dense=dense).transpose(1, 2)
+        query_nhd, key_nhd, value_nhd = (x.transpose(1, 2) for x in (query, key, value))
+        call = AttentionCall(query_nhd, key_nhd, value_nhd, None, scale, dense)
+        return self._paroattn_intercept(call).transpose(1, 2)
 
 
 def _hides_keys_only(attn_mask: Tensor | None, key: Tensor) -> bool:
@@ -140,22 +150,38 @@ def _rebound_class(processor_class: type) -> type:
 
 def _redirected_call(processor_class: Any) -> types.FunctionType:
     """The class's `__call__`, compiled from its source with the calls of attention redirected to methods of `self`."""
-    original = processor_class.__call__
-    lines, first_line = inspect.getsourcelines(original)
+    original, name = processor_class.__call__, processor_class.__name__
+    if not isinstance(original, types.FunctionType):
+        raise _refusal(name, "its __call__ is no plain function")
+    # functools.wraps leaves __wrapped__; a decorator that does not is seen in the source below.
+    if hasattr(original, "__wrapped__"):
+        raise _refusal(name, "its __call__ is decorated")
+    if original.__closure__:
+        raise _refusal(name, f"its __call__ is a closure over {', '.join(original.__code__.co_freevars)}")
+    try:
+        lines, first_line = inspect.getsourcelines(original)
+    except (OSError, TypeError):
+        raise _refusal(name, "the source of its __call__ is not there") from None
     tree = ast.parse(textwrap.dedent("".join(lines)))
+    (function,) = tree.body
+    if not isinstance(function, ast.FunctionDef) or function.name != original.__code__.co_name:
+        raise _refusal(name, "the source of its __call__ is that of something else")
+    if function.decorator_list:
+        raise _refusal(name, "its __call__ is decorated")
     redirect = _RedirectAttention()
     tree = ast.fix_missing_locations(redirect.visit(tree))
     if not redirect.redirected:
-        raise ValueError(
-            f"attention processor {processor_class.__name__} calls neither dispatch_attention_fn nor "
-            "F.scaled_dot_product_attention; paroattn cannot take over its attention"
-        )
+        raise _refusal(name, "it calls neither dispatch_attention_fn nor F.scaled_dot_product_attention")
     ast.increment_lineno(tree, first_line - 1)  # tracebacks show upstream's lines
-    module = compile(tree, inspect.getsourcefile(original) or processor_class.__name__, "exec")
+    module = compile(tree, inspect.getsourcefile(original) or name, "exec")
     code = next(item for item in module.co_consts if isinstance(item, types.CodeType))
     call = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
     call.__kwdefaults__ = original.__kwdefaults__
     return call
+
+
+def _refusal(processor_name: str, reason: str) -> InputError:
+    return InputError(f"attention processor {processor_name} cannot be taken over: {reason}; set another processor")
 
 
 _REDIRECTED = {
@@ -169,7 +195,6 @@ class _RedirectAttention(ast.NodeTransformer):
         self.redirected = False
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        node.decorator_list = []
         node.returns = None
         self.generic_visit(node)
         return node

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK, BlockMask
-from paroattn.ops import cpu, reference, triton_attention
-from paroattn.quantize import Precision
+from paroattn.errors import InputError
+from paroattn.ops import cpu, reference
+from paroattn.ops.gpu import backend as gpu
+from paroattn.ops.inputs import AttentionInputs, CallKind
 
 logger = logging.getLogger(__name__)
 
@@ -28,36 +28,15 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None if it can."""
 
-    def unsupported(
-        self,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
-        precisions: Sequence[Precision],
-        block_shape: tuple[int, int],
-    ) -> str | None:
-        """What of a call it does not do, or None; no device or dtype means that the tensors are not known yet."""
+    def unsupported(self, kind: CallKind) -> str | None:
+        """What of a kind of call it does not do, or None."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        permutation: Tensor | None,
-        block_mask: BlockMask | None,
-        precisions: Sequence[Precision],
-        compensate: Tensor | None,
-        key_mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of validated inputs in "HND" layout: output like query, lse float32 [B, H, N].
-
-        compensate: bool [H] on query's device, or None for no head.
-        """
+    def attend(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Attention: output like query, lse float32 [B, H, N]."""
 
 
 # "auto" tries them in this order.
-_BACKENDS: dict[str, Backend] = {"triton": triton_attention, "cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, Backend] = {"triton": gpu, "cpu": cpu, "reference": reference}
 
 
 def backends() -> dict[str, str]:
@@ -71,60 +50,47 @@ def backends() -> dict[str, str]:
 
 
 def formats_of(name: str) -> frozenset[str]:
-    """The number formats of a backend, or with "auto" of all of them; raises `ValueError` for an unknown name."""
+    """The number formats of a backend, or with "auto" of all of them; raises `InputError` for an unknown name."""
     if name == "auto":
         return frozenset().union(*(backend.FORMATS for backend in _BACKENDS.values()))
     return _named(name).FORMATS
 
 
-def choose_backend(
-    name: str,
-    precisions: Sequence[Precision],
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    block_shape: tuple[int, int] = (BLOCK, BLOCK),
-) -> Backend:
+def choose_backend(name: str, kind: CallKind) -> Backend:
     """The backend module for a kind of call; "auto" takes the first one that does it and says which, once.
 
     Raises:
-        ValueError: unknown name, or the named backend does not do this.
+        InputError: unknown name, or the named backend does not do this.
     """
     if name != "auto":
         backend = _named(name)
-        reason = _refusal(name, precisions, device, dtype, block_shape)
+        reason = _refusal(name, kind)
         if reason:
-            raise ValueError(reason)
+            raise InputError(reason)
         return backend
     reasons: list[str] = []
     for candidate in _BACKENDS:
-        reason = _refusal(candidate, precisions, device, dtype, block_shape)
+        reason = _refusal(candidate, kind)
         if not reason:
             if not torch.compiler.is_compiling():
                 _log_choice(candidate, "; ".join(reasons))
             return _BACKENDS[candidate]
         reasons.append(reason)
-    raise ValueError(reasons[-1])
+    raise InputError(reasons[-1])
 
 
 def _named(name: str) -> Backend:
     if name not in _BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
+        raise InputError(f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
     return _BACKENDS[name]
 
 
-def _refusal(
-    name: str,
-    precisions: Sequence[Precision],
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-    block_shape: tuple[int, int],
-) -> str | None:
+def _refusal(name: str, kind: CallKind) -> str | None:
     backend = _BACKENDS[name]
-    reason = backend.unavailable() or backend.unsupported(device, dtype, precisions, block_shape)
+    reason = backend.unavailable() or backend.unsupported(kind)
     if reason:
         return f"backend {name!r} cannot do this: {reason}"
-    for precision in precisions:
+    for precision in kind.precisions:
         for number_format in (precision.qk, precision.pv):
             if number_format not in backend.FORMATS:
                 return (

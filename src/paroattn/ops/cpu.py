@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK, BlockMask
-from paroattn.quantize import PQuantization, Precision
+from paroattn.block_mask import BLOCK
+from paroattn.errors import InputError
+from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat
+from paroattn.quantize import PQuantization
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
 P_QUANTIZATION = PQuantization(granularity="row")
@@ -42,12 +44,12 @@ def capability() -> str:
     The environment variable `PAROATTN_CPU_CAPABILITY` asks for a lesser one.
 
     Raises:
-        ValueError: the variable names something unknown or beyond this CPU.
+        InputError: the variable names something unknown or beyond this CPU.
     """
     usable = usable_capabilities()
     wanted = os.environ.get(CAPABILITY_VARIABLE, usable[-1])
     if wanted not in usable:
-        raise ValueError(f"{CAPABILITY_VARIABLE} is {wanted!r}; this CPU has {', '.join(usable)}")
+        raise InputError(f"{CAPABILITY_VARIABLE} is {wanted!r}; this CPU has {', '.join(usable)}")
     return wanted
 
 
@@ -56,93 +58,28 @@ def usable_capabilities() -> tuple[str, ...]:
     return _cpu.CAPABILITIES[: _cpu.CAPABILITIES.index(_cpu.best_capability()) + 1]
 
 
-def unsupported(
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-    precisions: Sequence[Precision],
-    block_shape: tuple[int, int],
-) -> str | None:
-    """What of a call this backend does not do, or None."""
-    if device is not None and device.type != "cpu":
-        return f"the tensors are on {device}; it takes tensors on the CPU"
-    if block_shape[0] % BLOCK or block_shape[1] % BLOCK:
-        return f"block_mask has blocks of {block_shape[0]} x {block_shape[1]}; it takes multiples of {BLOCK}"
+def unsupported(kind: CallKind) -> str | None:
+    """What of a kind of call this backend does not do, or None."""
+    if kind.device is not None and kind.device.type != "cpu":
+        return f"the tensors are on {kind.device}; it takes tensors on the CPU"
+    block_q, block_kv = kind.block_shape
+    if block_q % BLOCK or block_kv % BLOCK:
+        return f"block_mask has blocks of {block_q} x {block_kv}; it takes multiples of {BLOCK}"
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    permutation: Tensor | None,
-    block_mask: BlockMask | None,
-    precisions: Sequence[Precision],
-    compensate: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of validated inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
-    arguments = kernel_arguments(query, key, value, permutation, block_mask, precisions, compensate, key_mask, scale)
-    return torch.ops.paroattn.cpu_attention(*arguments)
+def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
+    return torch.ops.paroattn.cpu_attention(*inputs.flat())
 
 
-def kernel_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    permutation: Tensor | None,
-    block_mask: BlockMask | None,
-    precisions: Sequence[Precision],
-    compensate: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-) -> tuple[Any, ...]:
-    """A call in the types that operators may take: the arguments of `cpu_attention`."""
-    mask_bits, block_shape = None, [BLOCK, BLOCK]
-    if block_mask is not None:
-        mask_bits, block_shape = block_mask.bits, [block_mask.block_q, block_mask.block_kv]
-    qk = ",".join(_kernel_format(precision.qk, query.dtype) for precision in precisions)
-    pv = ",".join(_kernel_format(precision.pv, query.dtype) for precision in precisions)
-    tensors = (_with_adjacent_channels(x.detach()) for x in (query, key, value))
-    return (*tensors, permutation, mask_bits, block_shape, compensate, key_mask, qk, pv, scale)
-
-
-def _kernel_format(number_format: str, dtype: torch.dtype) -> str:
-    """The kernel's name of a format: exact products of bfloat16 input are bfloat16 products with float32 sums.
-
-    Mean tokens of skipped blocks are rounded to bfloat16 then, too.
-    """
-    return "bf16" if number_format == "exact" and dtype == torch.bfloat16 else number_format
-
-
-def _with_adjacent_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-@torch.library.custom_op("paroattn::cpu_attention", mutates_args=(), device_types="cpu")
-def cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    permutation: Tensor | None,
-    mask_bits: Tensor | None,
-    block_shape: list[int],
-    compensate: Tensor | None,
-    key_mask: Tensor | None,
-    qk: str,
-    pv: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Block-sparse attention in HND layout: output like query and lse [B, H, N].
-
-    permutation [H, N]; mask_bits uint8 [H, q blocks, bytes] in blocks of block_shape; compensate bool [H]; key_mask
-    bool [B, N]; qk and pv are the formats of the heads, separated by commas.
-    """
+@torch.library.custom_op(
+    "paroattn::cpu_attention", mutates_args=(), device_types="cpu", schema=f"({FLAT_SCHEMA}) -> (Tensor, Tensor)"
+)
+def cpu_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Attention of `AttentionInputs.flat`: output like query and lse [B, H, N]."""
     output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
-    _, prologue_seconds = run_kernel(
-        output, lse, query, key, value, permutation, mask_bits, block_shape, compensate, key_mask, qk, pv, scale
-    )
+    _, prologue_seconds = run_kernel(output, lse, from_flat(query, *others))
     times = _prologue_times.get()
     if times is not None:
         times.append(prologue_seconds)
@@ -165,37 +102,36 @@ def prologue_times() -> Iterator[list[float]]:
         _prologue_times.reset(token)
 
 
-def run_kernel(
-    output: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    permutation: Tensor | None,
-    mask_bits: Tensor | None,
-    block_shape: list[int],
-    compensate: Tensor | None,
-    key_mask: Tensor | None,
-    qk: str,
-    pv: str,
-    scale: float,
-) -> tuple[int, float]:
-    """Fill output and lse; returns how many pairs of blocks were computed and the seconds until k and v were packed."""
+def run_kernel(output: Tensor, lse: Tensor, inputs: AttentionInputs) -> tuple[int, float]:
+    """Fill output and lse; channels are side by side in memory, of inputs and output.
+
+    Returns:
+        How many pairs of blocks were computed and the seconds until k and v were packed.
+    """
+    permutation, mask, compensate, key_mask = inputs.permutation, inputs.block_mask, inputs.compensate, inputs.key_mask
+    dtype = inputs.query.dtype
     return _cpu.attend(
-        query,
-        key,
-        value,
+        inputs.query,
+        inputs.key,
+        inputs.value,
         output,
         lse,
         None if permutation is None else permutation.to(torch.int32).contiguous(),
-        None if mask_bits is None else mask_bits.contiguous(),
-        block_shape[0],
-        block_shape[1],
+        None if mask is None else mask.bits.contiguous(),
+        *inputs.block_shape,
         None if compensate is None else compensate.view(torch.uint8).contiguous(),
         None if key_mask is None else key_mask.view(torch.uint8).contiguous(),
-        qk.split(","),
-        pv.split(","),
-        scale,
+        [_kernel_format(precision.qk, dtype) for precision in inputs.precisions],
+        [_kernel_format(precision.pv, dtype) for precision in inputs.precisions],
+        inputs.scale,
         capability(),
         torch.get_num_threads(),
     )
+
+
+def _kernel_format(number_format: str, dtype: torch.dtype) -> str:
+    """The kernel's name of a format: exact products of bfloat16 input are bfloat16 products with float32 sums.
+
+    Mean tokens of skipped blocks are rounded to bfloat16 then, too.
+    """
+    return "bf16" if number_format == "exact" and dtype == torch.bfloat16 else number_format

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BlockMask, block_count, unpack_bits
+from paroattn.block_mask import BlockMask, block_count, pack_bits, text_blocks, unpack_bits
+from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
-from paroattn.ops.attention import TensorLayout, check_layout, check_tensors, checked_scale
 from paroattn.ops.backend import Backend, choose_backend
-from paroattn.ops.text_tokens import masks_for, orders_for
+from paroattn.ops.inputs import (
+    AttentionInputs,
+    CallKind,
+    TensorLayout,
+    check_layout,
+    check_tensors,
+    checked_scale,
+    parsed_precisions,
+)
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
-from paroattn.quantize import Precision
 
 
 def prepare(
@@ -22,7 +30,7 @@ def prepare(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    tensor_layout: TensorLayout = "NHD",
+    tensor_layout: TensorLayout = "HND",
     scale: float | None = None,
     backend: str = "auto",
 ) -> PreparedAttention:
@@ -31,21 +39,21 @@ def prepare(
     Args:
         layer_plan: from `Plan.layer`.
         device, dtype: of the tensors that calls will bring.
-        tensor_layout: "NHD" [B, N, H, D] or "HND" [B, H, N, D].
+        tensor_layout: "HND" [B, H, N, D] or "NHD" [B, N, H, D].
         scale: factor of the logits; default 1 / sqrt(D).
         backend: "auto" or a backend's name.
 
     Returns:
-        An operator: `op(query, key, value, step=bucket)`.
+        An operator: `op(query, key, value, bucket=bucket)`.
 
     Raises:
-        ValueError: an unknown layout or backend, or a precision the backend does not have.
+        InputError: an unknown layout or backend, or a precision the backend does not have.
 
     Example:
         >>> op = prepare(LayerPlan(precisions=(Precision(),) * 2), device="cpu", dtype=torch.float32)
-        >>> query = torch.randn(1, 100, 2, 64)
-        >>> op(query, query, query, step=torch.tensor(0)).shape
-        torch.Size([1, 100, 2, 64])
+        >>> query = torch.randn(1, 2, 100, 64)
+        >>> op(query, query, query, bucket=torch.tensor(0)).shape
+        torch.Size([1, 2, 100, 64])
     """
     _check_parts(layer_plan)
     return PreparedAttention(layer_plan, torch.device(device), dtype, tensor_layout, scale, backend)
@@ -89,21 +97,24 @@ class PreparedAttention:
             self._tokens = [grid.visual_tokens, grid.text_tokens, 1 if grid.text_position == "prefix" else 2]
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, step: Tensor, key_mask: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, *, bucket: Tensor, key_mask: Tensor | None = None
     ) -> Tensor:
         """Attend.
 
         Args:
-            query, key, value: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"), of the prepared dtype and device.
-            step: 0-dim integer tensor on that device: the step bucket (`Plan.bucket_of`), which selects the masks and
-                the heads with compensation.
+            query, key, value: [B, H, N, D] ("HND") or [B, N, H, D] ("NHD"), of the prepared dtype and device.
+            bucket: 0-dim integer tensor on that device: the step bucket (`Plan.bucket_of`), which selects the masks
+                and the heads with compensation.
             key_mask: bool [B, N] in input order, False for padding.
 
         Returns:
             The output, shaped like query.
+
+        Raises:
+            InputError: tensors that the operator was not prepared for.
         """
         if query.dtype != self.dtype:
-            raise ValueError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
+            raise InputError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
         if self.tensor_layout == "NHD":
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         plan = self.layer_plan
@@ -112,7 +123,7 @@ class PreparedAttention:
             query,
             key,
             value,
-            step,
+            bucket,
             key_mask,
             self._orders,
             self._order_index,
@@ -132,7 +143,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    step: Tensor,
+    bucket: Tensor,
     key_mask: Tensor | None,
     orders: Tensor | None,
     order_index: Tensor | None,
@@ -151,11 +162,11 @@ def _attend(
     then a call may have any number of text tokens. Tables and indices as in `LayerPlan`; precisions with commas.
     """
     check_tensors(query, key, value, key_mask)
-    chosen = _parsed(precisions)
+    chosen = parsed_precisions(precisions)
     _check_shape(query, len(chosen), planned_tokens)
     tokens = query.shape[2]
-    bucket = step.reshape(1).long()
-    # index_select reads the step on the device; indexing would ask for its value here.
+    bucket = bucket.reshape(1).long()
+    # index_select reads the bucket on the device; indexing would ask for its value here.
     masks = mask_table
     if masks is not None and mask_index is not None:
         masks = masks.index_select(0, mask_index.index_select(0, bucket)[0])
@@ -166,32 +177,21 @@ def _attend(
     if planned_tokens[2]:
         visual, text, position = planned_tokens
         grid = TokenGrid(1, 1, visual, text, "prefix" if position == 1 else "suffix")
-        orders = None if orders is None else orders_for(orders, grid, tokens - visual)
-        masks = None if masks is None else masks_for(masks, grid, tokens - visual, *block_shape)
-    implementation = choose_backend(
-        backend,
-        chosen,
-        device=query.device,
-        dtype=query.dtype,
-        block_shape=(block_shape[0], block_shape[1]),
-    )
-    return implementation.attend(
+        orders = None if orders is None else _orders_for(orders, grid, tokens - visual)
+        masks = None if masks is None else _masks_for(masks, grid, tokens - visual, *block_shape)
+    inputs = AttentionInputs(
         query,
         key,
         value,
-        permutation=None if orders is None else orders.expand(len(chosen), -1),
-        block_mask=None if masks is None else BlockMask(masks, tokens, *block_shape),
-        precisions=chosen,
-        compensate=compensate,
-        key_mask=key_mask,
-        scale=checked_scale(scale, query.shape[3]),
-    )[0]
-
-
-@functools.lru_cache
-def _parsed(precisions: str) -> tuple[Precision, ...]:
-    """The heads' precisions, read once and not in every call."""
-    return tuple(Precision.parse(item) for item in precisions.split(","))
+        None if orders is None else orders.expand(len(chosen), -1),
+        None if masks is None else BlockMask(masks, tokens, *block_shape),
+        chosen,
+        compensate,
+        key_mask,
+        checked_scale(scale, query.shape[3]),
+    )
+    kind = CallKind(chosen, query.device, query.dtype, (block_shape[0], block_shape[1]))  # as when prepared
+    return choose_backend(backend, kind).attend(inputs)[0]
 
 
 planned_attention = torch.library.custom_op("paroattn::planned_attention", _attend, mutates_args=())
@@ -206,13 +206,40 @@ def choose_for_layer(
     name: str, layer_plan: LayerPlan, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Backend:
     """The backend of that name for a layer, as `choose_backend`; without a device, what can be known before a call."""
-    return choose_backend(
-        name,
-        layer_plan.precisions,
-        device=device,
-        dtype=dtype,
-        block_shape=(layer_plan.block_q, layer_plan.block_kv),
-    )
+    block_shape = (layer_plan.block_q, layer_plan.block_kv)
+    return choose_backend(name, CallKind(layer_plan.precisions, device, dtype, block_shape))
+
+
+def _orders_for(orders: Tensor, grid: TokenGrid, text_tokens: int) -> Tensor:
+    """Gather indices [orders, N] for `text_tokens` instead of the grid's own number; visual tokens come first."""
+    if text_tokens == grid.text_tokens:
+        return orders
+    changed = replace(grid, text_tokens=text_tokens)
+    visual = orders[:, : grid.visual_tokens] + (changed.visual_start - grid.visual_start)
+    start = grid.visual_tokens if grid.text_position == "suffix" else 0
+    text = torch.arange(start, start + text_tokens, dtype=orders.dtype, device=orders.device)
+    return torch.cat((visual, text.expand(len(orders), -1)), 1)
+
+
+def _masks_for(bits: Tensor, grid: TokenGrid, text_tokens: int, block_q: int, block_kv: int) -> Tensor:
+    """Packed masks [masks, q blocks, bytes] for `text_tokens` instead of the grid's own number.
+
+    Visual blocks stay, as visual tokens come first in every order; blocks that touch text are computed.
+    """
+    if text_tokens == grid.text_tokens:
+        return bits
+    text, everything = _text_bits(replace(grid, text_tokens=text_tokens), block_q, block_kv, bits.device)
+    rows, size = (min(a, b) for a, b in zip(text.shape, bits.shape[1:], strict=True))
+    changed = bits.new_zeros(len(bits), *text.shape)
+    changed[:, :rows, :size] = bits[:, :rows, :size]
+    return (changed | text) & everything
+
+
+@functools.lru_cache(maxsize=64)
+def _text_bits(grid: TokenGrid, block_q: int, block_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Packed masks of the blocks that touch text, and of all blocks."""
+    text = text_blocks(grid, block_q, block_kv)
+    return pack_bits(text).to(device), pack_bits(torch.ones_like(text)).to(device)
 
 
 def _check_shape(query: Tensor, heads: int, planned_tokens: list[int]) -> None:
@@ -220,14 +247,14 @@ def _check_shape(query: Tensor, heads: int, planned_tokens: list[int]) -> None:
     fits = tokens in (-1, query.shape[2]) or (with_text and query.shape[2] > tokens)
     if query.shape[1] != heads or not fits:
         expected = "any number of" if tokens == -1 else f"{'at least ' if with_text else ''}{tokens:,}"
-        raise ValueError(
+        raise InputError(
             f"query has {query.shape[1]} heads and {query.shape[2]:,} tokens; this operator was prepared for "
             f"{heads} heads and {expected} tokens"
         )
 
 
 def _check_parts(plan: LayerPlan) -> None:
-    """Raise `ValueError` naming a part of the layer plan that does not fit the others."""
+    """Raise `InputError` naming a part of the layer plan that does not fit the others."""
     if plan.orders is not None:
         if plan.order_index is not None:
             _check_index("order_index", plan.order_index, (plan.heads,), len(plan.orders))
@@ -238,7 +265,7 @@ def _check_parts(plan: LayerPlan) -> None:
     rows, columns = block_count(plan.tokens, plan.block_q), block_count(plan.tokens, plan.block_kv)
     masks = plan.heads if plan.mask_index is None else len(plan.mask_table)
     if tuple(plan.mask_table.shape) != (masks, rows, -(-columns // 8)):
-        raise ValueError(
+        raise InputError(
             f"mask_table is {list(plan.mask_table.shape)}; expected [masks, {rows}, {-(-columns // 8)}] "
             f"for {plan.tokens} tokens"
         )
@@ -246,7 +273,7 @@ def _check_parts(plan: LayerPlan) -> None:
     if plan.mask_index is not None:
         _check_index("mask_index", plan.mask_index, (len(plan.mask_index), plan.heads), masks)
         if plan.compensate is not None and plan.compensate.shape != plan.mask_index.shape:
-            raise ValueError(
+            raise InputError(
                 f"compensate is {list(plan.compensate.shape)}; expected {list(plan.mask_index.shape)}, step buckets "
                 "and heads"
             )
@@ -254,9 +281,9 @@ def _check_parts(plan: LayerPlan) -> None:
 
 def _check_index(name: str, index: Tensor, shape: tuple[int, ...], length: int) -> None:
     if tuple(index.shape) != shape:
-        raise ValueError(f"{name} is {list(index.shape)}; expected {list(shape)}, the last for heads")
+        raise InputError(f"{name} is {list(index.shape)}; expected {list(shape)}, the last for heads")
     if int(index.min()) < 0 or int(index.max()) >= length:
-        raise ValueError(f"{name} goes from {int(index.min())} to {int(index.max())}; expected 0 to {length - 1}")
+        raise InputError(f"{name} goes from {int(index.min())} to {int(index.max())}; expected 0 to {length - 1}")
 
 
 def _moved(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> Tensor | None:

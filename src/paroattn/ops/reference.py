@@ -7,13 +7,11 @@ follow the kept blocks. It is meant to be read; memory stays small because one r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from paroattn.block_mask import BLOCK, BlockMask
+from paroattn.ops.inputs import AttentionInputs, CallKind
 from paroattn.quantize import (
     NumberFormat,
     PQuantization,
@@ -38,62 +36,43 @@ def unavailable() -> None:
     """It runs everywhere."""
 
 
-def unsupported(
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-    precisions: Sequence[Precision],
-    block_shape: tuple[int, int],
-) -> str | None:
-    """What of a call it does not do, or None."""
-    if any(precision.qk == "fp8" for precision in precisions):
+def unsupported(kind: CallKind) -> str | None:
+    """What of a kind of call it does not do, or None."""
+    if any(precision.qk == "fp8" for precision in kind.precisions):
         return "query and key are multiplied in int8, int4 or floating point of 16 bits and more, not in fp8"
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    permutation: Tensor | None,
-    block_mask: BlockMask | None,
-    precisions: Sequence[Precision],
-    compensate: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-    p_quantization: PQuantization = PQuantization(),
-) -> tuple[Tensor, Tensor]:
-    """Attention of validated inputs; see `paroattn.attention`.
+def attend(inputs: AttentionInputs, p_quantization: PQuantization = PQuantization()) -> tuple[Tensor, Tensor]:
+    """Attention of checked inputs; see `paroattn.attention`.
 
     Args:
-        query: [B, H, N, D]; key, value: [B, H_kv, N, D].
-        permutation: [H, N] or None; block_mask with H heads or None for all blocks; key_mask bool [B, N] or None.
-        precisions: one per head; compensate: bool [H], or None for no head.
+        inputs: on any device.
         p_quantization: how integer P is scaled; backends declare theirs, so that this file can be their oracle.
 
     Returns:
         output [B, H, N, D] in query's dtype and lse [B, H, N] float32.
     """
+    query, key, value, permutation = inputs.query, inputs.key, inputs.value, inputs.permutation
     batch, heads, tokens, _ = query.shape
     group = heads // key.shape[1]
-    blocks = None if block_mask is None else block_mask.to_dense()
-    block_q, block_kv = (BLOCK, BLOCK) if block_mask is None else (block_mask.block_q, block_mask.block_kv)
+    blocks = None if inputs.block_mask is None else inputs.block_mask.to_dense()
     output = torch.empty_like(query)
     lse = torch.empty(batch, heads, tokens, device=query.device)
     for head in range(heads):
         order = torch.arange(tokens, device=query.device) if permutation is None else permutation[head].long()
         q, k, v = (x[:, h].float()[:, order] for x, h in ((query, head), (key, head // group), (value, head // group)))
-        valid = torch.ones_like(k[..., 0], dtype=torch.bool) if key_mask is None else key_mask[:, order]
+        valid = torch.ones_like(k[..., 0], dtype=torch.bool) if inputs.key_mask is None else inputs.key_mask[:, order]
         reordered, reordered_lse = _attend_head(
             q,
             k,
             v,
             valid,
             None if blocks is None else blocks[head],
-            (block_q, block_kv),
-            precisions[head],
-            compensate is not None and bool(compensate[head]),
-            scale,
+            inputs.block_shape,
+            inputs.precisions[head],
+            inputs.compensate is not None and bool(inputs.compensate[head]),
+            inputs.scale,
             p_quantization,
         )
         output[:, head, order] = reordered.to(query.dtype)

@@ -1,0 +1,276 @@
+"""Calibrating a pipeline: running it on a few prompts to find token orders, block masks and where blocks count."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import BLOCK
+from paroattn.calibration.budget import CostStatistics, Selection, interpolate, select_by_cost
+from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
+from paroattn.calibration.checkpoint import remove_work
+from paroattn.calibration.density_search import Goal, reach
+from paroattn.calibration.keep import check_density
+from paroattn.calibration.run import (
+    ORDER_STEPS,
+    CalibrationRun,
+    Prompt,
+    calibration_checkpoint,
+    calibration_kernels,
+    spread,
+)
+from paroattn.calibration.sensitivity import measure_effects
+from paroattn.errors import InputError
+from paroattn.integrations.observe import ObservedCall
+from paroattn.integrations.pipeline import Pipeline
+from paroattn.order import candidate_orders
+from paroattn.plan import Plan, bucket_of
+from paroattn.quantize import Precision
+
+ORDER_ROW_SHARE = 0.1  # share of the rows of blocks that are looked at to compare orders
+CHANGE_ROW_SHARE = 0.05  # the same to see how attention changes from step to step
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    density: float | None = None,
+    target_psnr: float | None = None,
+    target_speed_up: float | None = None,
+    precision: str | Precision = "exact",
+    seed: int = 0,
+    step_buckets: int = 10,
+    block_q: int = BLOCK,
+    order_names: tuple[str, ...] | None = None,
+    int8_share: float = 0.25,
+    dense_steps: float = 0.0,
+    dense_layers: int = 0,
+    prompt_texts: Sequence[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **call_arguments: Any,
+) -> Plan:
+    """Find token orders and block masks for a pipeline.
+
+    The pipeline generates from each prompt twice with its own attention: to choose each head's order by the error of
+    its output, and to measure what skipping each block costs. On the first prompt it then measures what errors of the
+    heads and steps do to the final result (up to 9 more generations and some backward passes), so that the blocks go
+    where they count. The same arguments give the same plan. `calibration.paper.calibrate_paper` is the paper's method.
+
+    Args:
+        pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
+        prompts: one or two are enough; each a string, or a mapping of pipeline arguments such as `prompt_embeds`.
+        density: kept blocks over all blocks, in (0, 1], averaged over steps, layers and heads; default 0.3.
+        target_psnr: instead of a density, the PSNR in dB that generating from the calibration prompts must reach
+            against the model's own attention; the sparsest plan found that does is returned.
+        target_speed_up: instead of a density, how many times faster the transformer must be on this machine; the
+            densest plan found that is is returned.
+        precision: number format the plan asks for: "exact", "bf16", "int8", "int4" or a `Precision`.
+        seed: of the initial noise (prompt i uses seed + i), of sampled rows and of random cotangents.
+        step_buckets: most groups of steps with masks of their own; where there are more steps, attention changes
+            equally much in each group.
+        block_q: queries per block, 64 or 128.
+        order_names: candidate orders; default: all axis and tiled orders of the grid. ("FHW",) keeps the model's own.
+        int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most.
+        dense_steps: share of the schedule, from its start, in which all blocks are computed.
+        dense_layers: number of layers, from the first, that stay dense and exact.
+        prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
+        work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
+            interruption goes on where it was. Its files are deleted in the end. None keeps nothing.
+        progress: show a tqdm progress bar.
+        **call_arguments: passed to every call of the pipeline (height, width, num_frames, num_inference_steps, ...).
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: no prompts, density outside (0, 1], or an argument the model does not take.
+        PlanError: a density too low for text blocks and one block per row, or a target that cannot be reached.
+
+    Example:
+        >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
+    """
+    density, goal, parsed = check_choice(density, target_psnr, target_speed_up, precision)
+    selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers)
+    costs = collect_costs(
+        pipe,
+        prompts,
+        densities=(density,),
+        block_q=block_q,
+        order_names=order_names,
+        dense_steps=dense_steps,
+        int4="int4" in (parsed.qk, parsed.pv),
+        seed=seed,
+        step_buckets=step_buckets,
+        prompt_texts=prompt_texts,
+        work_dir=work_dir,
+        progress=progress,
+        **call_arguments,
+    )
+
+    def select(density: float) -> Plan:
+        return select_by_cost(costs, density=density, precision=parsed, selection=selection, int8_share=int8_share)
+
+    if goal is None:
+        plan = select(density)
+    else:
+        run = CalibrationRun(pipe, prompts, (), seed, call_arguments, progress)
+        run.grid = costs.grid
+        plan = reach(run, goal, select)
+    remove_work(work_dir)
+    return plan
+
+
+def check_choice(
+    density: float | None = None,
+    target_psnr: float | None = None,
+    target_speed_up: float | None = None,
+    precision: str | Precision = "exact",
+) -> tuple[float, Goal | None, Precision]:
+    """The density to calibrate for, what it is to reach instead, and the precision; `InputError` for what cannot be."""
+    goal = None
+    if target_psnr is not None or target_speed_up is not None:
+        if density is not None:
+            raise InputError(f"density is {density!r} beside a target; give one of them")
+        goal = Goal(target_psnr, target_speed_up)
+    density = 0.3 if density is None else density
+    check_density(density)
+    return density, goal, Precision.parse(precision)
+
+
+def collect_costs(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    densities: Sequence[float] = (0.3,),
+    seed: int = 0,
+    step_buckets: int = 10,
+    block_q: int = BLOCK,
+    order_names: tuple[str, ...] | None = None,
+    dense_steps: float = 0.0,
+    int4: bool = False,
+    effects: bool = True,
+    block_sums: bool = False,
+    prompt_texts: Sequence[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **call_arguments: Any,
+) -> CostStatistics:
+    """The measuring part of `calibrate`: plans of several densities can be selected from one run.
+
+    Args: as `calibrate`; `densities` are the ones plans will be selected for, checked as soon as the grid is known;
+        effects are measured at the middle one. `int4` also measures which heads INT4 hurts. Without `effects` all
+        weights are one, which serves uniform budgets. `block_sums` are for pictures and for masks that rank by them.
+        Files in `work_dir` stay: the same call returns the same statistics at once (`remove_work` deletes them).
+    """
+    if block_q not in (BLOCK, 2 * BLOCK):
+        raise InputError(f"block_q is {block_q!r}; expected 64 or 128")
+    if step_buckets < 1:
+        raise InputError(f"step_buckets is {step_buckets}; expected at least 1")
+    arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
+    arguments |= {"dense_steps": dense_steps, "int4": int4, "effects": effects, "block_sums": block_sums}
+    arguments["densities"] = sorted(densities)
+    checkpoint = calibration_checkpoint(work_dir, Pipeline(pipe), "paroattn", prompts, seed, call_arguments, arguments)
+    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint)
+    identity = run.identity
+    shape = (identity.layers, identity.heads)
+    names, chosen, changes = _choose_orders(run, shape, order_names, block_q, seed)
+    guard = math.ceil(dense_steps * run.num_steps - 1e-9)
+    edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
+
+    def make() -> tuple[BlockCosts]:
+        arguments: dict[str, Any] = {"block_sums": block_sums, "kernels_for": calibration_kernels}
+        return (BlockCosts(len(edges), names, chosen, run.grid, block_q, **arguments),)
+
+    def add(accumulators: tuple[BlockCosts], call: ObservedCall) -> None:
+        accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
+
+    (costs,) = run.measure("costs", "calibration 2/4, costs of blocks", make, add)
+    mean_block_sums, block_costs, errors, norms = costs.means()
+    statistics = CostStatistics(
+        model=identity,
+        grid=run.grid,
+        order_names=names,
+        order_index=chosen,
+        bucket_edges=edges,
+        block_q=block_q,
+        block_sums=mean_block_sums,
+        costs=block_costs,
+        errors=errors,
+        norms=norms,
+        weights=torch.ones_like(norms),
+        int4_effects=torch.zeros(shape, dtype=torch.float64),
+        usage=run.usage(edges),
+        provenance={
+            **run.provenance("paroattn", prompt_texts),
+            "scheduler": type(run.pipeline.scheduler).__name__,
+        },
+    )
+    if not effects:
+        return statistics
+    middle = sorted(densities)[len(densities) // 2]
+    draft = select_by_cost(statistics, density=middle, selection=Selection(budget="uniform"))
+    draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
+    measured = measure_effects(run, draft, draft_errors, seed=seed, int4=int4)
+    return replace(statistics, weights=measured.weights, int4_effects=measured.int4)
+
+
+def _choose_orders(
+    run: CalibrationRun, shape: tuple[int, int], order_names: tuple[str, ...] | None, block_q: int, seed: int
+) -> tuple[tuple[str, ...], Tensor, list[float]]:
+    """Names of the orders in use, the index of each head's, and how attention changes from step to step."""
+
+    def make() -> tuple[OrderErrors, StepChange]:
+        candidates = candidate_orders(run.grid) if order_names is None else order_names
+        errors = OrderErrors(*shape, run.grid, candidates, block_q, ORDER_ROW_SHARE, seed, calibration_kernels)
+        return errors, StepChange(*shape, run.grid, CHANGE_ROW_SHARE, seed)
+
+    def compare(accumulators: tuple[OrderErrors, StepChange], call: ObservedCall) -> None:
+        errors, change = accumulators
+        change.add(call)
+        if len(errors.order_names) > 1 and call.step in spread(ORDER_STEPS, call.num_steps):
+            errors.add(call)
+
+    errors, change = run.measure("orders", "calibration 1/4, token orders", make, compare)
+    used, index = torch.unique(errors.choose(), return_inverse=True)
+    return tuple(errors.order_names[number] for number in used.tolist()), index.to(torch.uint8), change.changes()
+
+
+def bucket_edges_by_change(changes: Sequence[float], most: int, forced: Sequence[int] = ()) -> tuple[float, ...]:
+    """Bucket edges such that attention changes equally much within each bucket; every step apart if `most` allows it.
+
+    Args:
+        changes: how much attention maps change from each step to the next, one fewer than there are steps; infinite
+            where another bucket must begin, if `most` allows it.
+        most: the most buckets allowed.
+        forced: more steps at which a bucket must begin.
+
+    Example:
+        >>> bucket_edges_by_change([3.0, 1.0, 1.0, 1.0], most=3)
+        (0.0, 0.2, 0.6)
+    """
+    if most < 1:
+        raise InputError(f"step_buckets is {most}; expected at least 1")
+    steps = len(changes) + 1
+    if steps <= most:
+        return tuple(step / steps for step in range(steps))
+    starts = {step for step, change in enumerate(changes, start=1) if change == math.inf}
+    starts = set(sorted(starts | {step for step in forced if 0 < step < steps})[: most - 1])
+    finite = [0.0 if change == math.inf else change for change in changes]
+    parts, total = most - len(starts), sum(finite)
+    bucket, passed = 0, 0.0
+    for step, change in enumerate(finite, start=1):
+        passed += change
+        # A step starts a bucket when half of the way to it lies in the next equal part of the whole change.
+        number = min(parts - 1, int(parts * (passed - change / 2) / total)) if total > 0 else 0
+        if number > bucket:
+            bucket = number
+            starts.add(step)
+    return (0.0, *(step / steps for step in sorted(starts)))

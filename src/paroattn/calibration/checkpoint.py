@@ -1,0 +1,116 @@
+"""Finished parts of a calibration, kept in files so that one that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paroattn.errors import InputError
+from paroattn.files import write_atomically
+
+SUFFIX = ".calibration"
+_FACTS = "paroattn_calibration"
+
+
+class Checkpoint:
+    """Tensors and facts of a calibration's parts, one file per part.
+
+    Args:
+        folder: where the files are; made when something is saved. None keeps nothing.
+        fingerprint: of everything that the calibration depends on, see `fingerprint`: files of another one are not
+            looked at.
+
+    Example:
+        >>> checkpoint = Checkpoint(folder, fingerprint(seed=0))  # doctest: +SKIP
+        >>> checkpoint.save("orders", {"errors": torch.zeros(3)}, {"done": 1})  # doctest: +SKIP
+        >>> checkpoint.load("orders")  # doctest: +SKIP
+        ({'errors': tensor([0., 0., 0.])}, {'done': 1})
+    """
+
+    def __init__(self, folder: Path | None = None, fingerprint: str = ""):
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    def save(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep a part, in place of what was kept of it before; whole or not at all."""
+        if self._folder is None:
+            return
+        own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {_FACTS: json.dumps(dict(facts))}
+        write_atomically(self._path(self._folder, part), lambda path: save_file(own, path, metadata=metadata))
+
+    def load(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept of a part, or None.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        if self._folder is None or not self._path(self._folder, part).is_file():
+            return None
+        path = self._path(self._folder, part)
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[_FACTS])
+                return {name: file.get_tensor(name) for name in file.keys()}, facts
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"work file {str(path)!r} cannot be read ({error}); delete it to begin anew") from error
+
+    def _path(self, folder: Path, part: str) -> Path:
+        return folder / f"{self._fingerprint[:16]}-{part}{SUFFIX}"
+
+
+def remove_work(folder: str | os.PathLike[str] | None) -> None:
+    """Delete the files of all checkpoints in a folder, and the folder if nothing else is in it."""
+    if folder is None or not Path(folder).is_dir():
+        return
+    folder = Path(folder)
+    for path in folder.glob(f"*{SUFFIX}"):
+        path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def fingerprint(**parts: Any) -> str:
+    """SHA-256 of values: numbers, strings, tensors, and lists and mappings of them; others by what they print.
+
+    Example:
+        >>> fingerprint(seed=0, size=[1, 2]) == fingerprint(size=(1, 2), seed=0)
+        True
+    """
+    digest = hashlib.sha256()
+    _feed(digest, parts)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(modules: Sequence[torch.nn.Module]) -> str:
+    """Of a few weights of each parameter: enough to tell a fine-tune from its origin."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if not parameter.is_meta]
+    return fingerprint(weights=[parameter.detach().flatten()[:4].float() for parameter in parameters])
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(f"{key}=".encode())
+            _feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)}:".encode())
+        for item in value:
+            _feed(digest, item)
+    elif hasattr(value, "tobytes"):  # pictures and arrays print only a part of themselves
+        digest.update(value.tobytes())
+    else:
+        digest.update(f"{type(value).__name__} {value!r};".encode())

@@ -1,0 +1,164 @@
+"""Calibration's statistics on a GPU, streaming: no attention map is held, whatever the number of tokens.
+
+`paroattn.calibration.statistics.block_sums` and `paroattn.calibration.costs.skip_costs` define the results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from paroattn.block_mask import BLOCK, block_count
+from paroattn.calibration.costs import LEVELS, SkipCosts, block_means
+from paroattn.calibration.keep import keep_levels
+from paroattn.calibration.kernels import Kernels
+from paroattn.ops.gpu.configs import skip_cost_options
+from paroattn.ops.gpu.device import check_device, on_device_of, target_here
+
+_MOST_ENTRIES = 2**28  # of kv blocks x rows, in float32, of the heads that are looked at at once
+
+
+def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> Tensor:
+    """Sum of P in each block, of one head in several orders at once.
+
+    One pass finds the log-sum-exp of every row, which no order changes. A second one, in each order, computes P block
+    by block and keeps the sum of each.
+
+    Args:
+        q, k: [N, D] on a GPU, in the model's order; 16-bit ones are multiplied as they are, float32 ones in float32.
+        orders: gather indices [N].
+        scale: factor of the logits.
+
+    Returns:
+        float32 [orders, q blocks, kv blocks] on the CPU.
+    """
+    table = torch.stack([order.to(q.device, torch.int32) for order in orders])
+    return torch.ops.paroattn.triton_block_sums(q.detach(), k.detach(), table, scale).cpu()
+
+
+@torch.library.custom_op("paroattn::triton_block_sums", mutates_args=())
+def triton_block_sums(q: Tensor, k: Tensor, orders: Tensor, scale: float) -> Tensor:
+    """Block sums of one head; q, k [N, D], orders int32 [orders, N] -> float32 [orders, q blocks, kv blocks]."""
+    check_device(q)
+    from paroattn.calibration.gpu import kernels
+
+    q, k = q.contiguous(), k.contiguous()
+    tokens, head_dim = q.shape
+    blocks = block_count(tokens, BLOCK)
+    lse = q.new_empty(tokens, dtype=torch.float32)
+    sums = q.new_empty((len(orders), blocks, blocks), dtype=torch.float32)
+    size: dict[str, Any] = {"HEAD_DIM": head_dim, "D": 64 if head_dim <= 64 else 128}
+    with on_device_of(q):
+        kernels.row_lse[(blocks,)](q, k, lse, scale, tokens, **size)
+        reordered = (x.index_select(0, orders.flatten()) for x in (q, k, lse))
+        kernels.block_sums[(blocks, len(orders))](*reordered, sums, scale, tokens, blocks, **size)
+    return sums
+
+
+@triton_block_sums.register_fake
+def _(q: Tensor, k: Tensor, orders: Tensor, scale: float) -> Tensor:
+    blocks = (q.shape[0] + BLOCK - 1) // BLOCK
+    return q.new_empty((orders.shape[0], blocks, blocks), dtype=torch.float32)
+
+
+def skip_costs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    orders: Sequence[Tensor],
+    scale: float,
+    required: Tensor,
+    *,
+    block_q: int = BLOCK,
+    q_blocks: Tensor | None = None,
+    levels: Sequence[float] = LEVELS,
+) -> list[SkipCosts]:
+    """Costs and errors of skipping blocks, of heads [H, N, D] on a GPU, each in an order of its own.
+
+    Args: as `paroattn.calibration.kernels.skip_costs_of_heads`; 16-bit tensors are multiplied as they are. The
+        costliest blocks of a level are those of all rows that are looked at.
+    """
+    check_device(q)
+    rows = q.shape[1] if q_blocks is None else len(q_blocks) * block_q
+    at_once = max(1, _MOST_ENTRIES // (block_count(q.shape[1], BLOCK) * rows))
+    found: list[SkipCosts] = []
+    with on_device_of(q):
+        for first in range(0, len(q), at_once):
+            own = slice(first, first + at_once)
+            index = torch.stack(list(orders[own])).to(q.device, torch.int64)
+            found += _skip_costs(q[own], k[own], v[own], index, scale, required, block_q, q_blocks, levels)
+    return found
+
+
+def _skip_costs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    orders: Tensor,
+    scale: float,
+    required: Tensor,
+    block_q: int,
+    q_blocks: Tensor | None,
+    levels: Sequence[float],
+) -> list[SkipCosts]:
+    from paroattn.calibration.gpu import kernels
+
+    device, (heads, tokens, head_dim) = q.device, q.shape
+    width = 64 if head_dim <= 64 else 128
+    columns, per_block = block_count(tokens, BLOCK), block_q // BLOCK
+    if q_blocks is None:
+        q_blocks = torch.arange(block_count(tokens, block_q))
+    index = (q_blocks.unsqueeze(-1) * block_q + torch.arange(block_q)).flatten()
+    index = index[index < tokens].to(device)
+    rows, tiles = len(index), len(q_blocks) * per_block
+    q, k, v = (
+        x.detach().gather(1, which.unsqueeze(-1).expand(-1, -1, head_dim))
+        for x, which in ((q, orders[:, index]), (k, orders), (v, orders))
+    )
+    mean_k, mean_v, count = block_means(k.float(), v.float())
+    logits = mean_k @ q.float().mT * scale + count.log()
+    q, k, v, mean_v = (
+        pad(x, (0, width - head_dim, 0, length - x.shape[1]))
+        for x, length in ((q, tiles * BLOCK), (k, columns * BLOCK), (v, columns * BLOCK), (mean_v, columns))
+    )
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    constants = {"D": width, **skip_cost_options(target_here(device), width)}
+    lse, output = new(heads, tiles * BLOCK), new(heads, tiles * BLOCK, width)
+    kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, scale, tokens, rows, **constants)
+
+    surrogate = torch.zeros(heads, columns, tiles * BLOCK, device=device)
+    surrogate[..., :rows] = torch.exp2(logits.div_(math.log(2)) - lse[:, None, :rows])
+    of_heads = (q, k, v, lse, output, surrogate, mean_v)
+
+    sums, costs = new(heads, tiles, columns), new(heads, tiles, 2, columns)
+    kernels.block_costs[(tiles, heads)](*of_heads, sums, costs, scale, tokens, **constants)
+    sums, costs = (x.unflatten(1, (-1, per_block)).sum(2) for x in (sums, costs))
+    costs = costs.permute(2, 0, 1, 3)  # [2, heads, q blocks, kv blocks]
+
+    # The blocks of a level are among those of the next one: one walk over a row's list meets all levels.
+    level = keep_levels(costs, levels, required[q_blocks].to(device))
+    lists = level.argsort(dim=-1, stable=True).int()
+    kept = torch.stack([(level <= number).sum(-1) for number in range(len(levels))], -1)  # [2, heads, q blocks, levels]
+    last = kept - 1
+    wanted = torch.zeros(lists.shape, dtype=torch.uint8, device=device).scatter_(-1, last, 1)
+    errors = new(2, heads, tiles, columns)
+    everything = (surrogate.mT @ mean_v, surrogate.sum(1))
+    ends = kept[..., -1].int()
+    kernels.kept_errors[(tiles, heads, 2)](
+        *of_heads, *everything, lists, ends, wanted, errors, scale, tokens, rows, per_block, **constants
+    )
+    errors = errors.gather(-1, last.repeat_interleave(per_block, 2)).sum(2, dtype=torch.float64)
+    norms = output.square().sum((1, 2)).tolist()
+    parts = (sums.cpu(), costs.transpose(0, 1).cpu(), errors.transpose(0, 1).cpu(), norms)
+    return [SkipCosts(*own) for own in zip(*parts, strict=True)]
+
+
+KERNELS = Kernels(skip_costs, block_sums)

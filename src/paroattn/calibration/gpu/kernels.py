@@ -1,0 +1,199 @@
+"""Calibration's kernels: sums of blocks of softmax(q k^T), and what leaving blocks out does to the output.
+
+`row_lse` and `block_sums` take tensors as they are. For the others, a program takes 64 chosen rows of a head:
+q [heads, tiles * 64, D] and k, v [heads, kv blocks * 64, D] are in the head's order, with zeros after their ends. Rows
+that do not exist have lse = inf, so that their P is zero. Names are those of `paroattn.calibration.costs`.
+"""
+
+import triton
+import triton.language as tl
+
+from paroattn.ops.gpu.rows import BLOCK_KV, masked_logits
+
+
+@triton.jit
+def _rows(x_ptr, row, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Rows [64, D] of x [N, HEAD_DIM], zeros beyond it."""
+    channel = tl.arange(0, D)
+    mask = (row < tokens)[:, None] & (channel < HEAD_DIM)[None, :]
+    return tl.load(x_ptr + row.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def row_lse(q_ptr, k_ptr, lse_ptr, scale, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Log2 of the sum of 2^logit of 64 rows; grid (q blocks,); lse float32 [N]."""
+    row = tl.program_id(0) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    q = _rows(q_ptr, row, tokens, HEAD_DIM, D)
+    maximum = tl.full([BLOCK_KV], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_KV], tl.float32)
+    for start in range(0, tokens, BLOCK_KV):
+        column = start + tl.arange(0, BLOCK_KV)
+        s = masked_logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
+        new_maximum = tl.maximum(maximum, tl.max(s, 1))
+        total = total * tl.math.exp2(maximum - new_maximum) + tl.sum(tl.math.exp2(s - new_maximum[:, None]), 1)
+        maximum = new_maximum
+    tl.store(lse_ptr + row, maximum + tl.math.log2(total), mask=row < tokens)
+
+
+@triton.jit
+def block_sums(q_ptr, k_ptr, lse_ptr, sums_ptr, scale, tokens, blocks, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """One row of blocks in one order; grid (q blocks, orders).
+
+    q, k [orders, N, HEAD_DIM] and lse [orders, N] in each order; sums float32 [orders, blocks, blocks].
+    """
+    block, order = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    q_ptr += order * tokens * HEAD_DIM
+    k_ptr += order * tokens * HEAD_DIM
+    sums_ptr += (order * blocks + block) * blocks
+    row = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    q = _rows(q_ptr, row, tokens, HEAD_DIM, D)
+    # Rows beyond the sequence add nothing.
+    lse = tl.load(lse_ptr + order * tokens + row, mask=row < tokens, other=float("inf"))
+    for number in range(0, blocks):
+        column = number * BLOCK_KV + tl.arange(0, BLOCK_KV)
+        s = masked_logits(q, _rows(k_ptr, column, tokens, HEAD_DIM, D), column < tokens, scale)
+        p = tl.math.exp2(s - lse[:, None])
+        tl.store(sums_ptr + number, tl.sum(p))
+
+
+@triton.jit
+def _tile(x_ptr, block, D: tl.constexpr):
+    """64 rows of x [..., D]."""
+    row = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    return tl.load(x_ptr + row[:, None] * D + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def _logits(q, k_ptr, block, tokens, scale, D: tl.constexpr):
+    """Logits [64, 64] of a kv block in powers of two, -inf beyond the sequence."""
+    column = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    return masked_logits(q, _tile(k_ptr, block, D), column < tokens, scale)
+
+
+@triton.jit
+def _part(p, v_ptr, block, D: tl.constexpr):
+    """P V of a kv block, [64, D] float32; 16-bit values are multiplied by P in two parts of 16 bits."""
+    v = _tile(v_ptr, block, D)
+    if v.dtype == tl.float32:
+        return tl.dot(p, v, input_precision="ieee")
+    else:
+        high = p.to(v.dtype)
+        low = (p - high.to(tl.float32)).to(v.dtype)
+        return tl.dot(high, v, tl.dot(low, v))  # in the other order registers would spill on sm90
+
+
+@triton.jit
+def _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D: tl.constexpr):
+    """Pointers to the program's head in each."""
+    head, padded = tl.program_id(1).to(tl.int64), tl.num_programs(0) * BLOCK_KV
+    kv_padded = tl.cdiv(tokens, BLOCK_KV) * BLOCK_KV
+    return (
+        q_ptr + head * padded * D,
+        k_ptr + head * kv_padded * D,
+        v_ptr + head * kv_padded * D,
+        lse_ptr + head * padded,
+        output_ptr + head * padded * D,
+    )
+
+
+@triton.jit
+def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D: tl.constexpr):
+    """Log2 of the rows' sums of 2^logit, and their output; grid (tiles of 64 rows, heads).
+
+    lse float32 [heads, tiles * 64], output float32 [heads, tiles * 64, D].
+    """
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
+    row = tl.program_id(0) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    q = _tile(q_ptr, tl.program_id(0), D)
+    maximum = tl.full([BLOCK_KV], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_KV], tl.float32)
+    acc = tl.zeros([BLOCK_KV, D], tl.float32)
+    for block in range(0, tl.cdiv(tokens, BLOCK_KV)):
+        s = _logits(q, k_ptr, block, tokens, scale, D)
+        new_maximum = tl.maximum(maximum, tl.max(s, 1))
+        p = tl.math.exp2(s - new_maximum[:, None])
+        weight = tl.math.exp2(maximum - new_maximum)
+        total = total * weight + tl.sum(p, 1)
+        acc = acc * weight[:, None] + _part(p, v_ptr, block, D)
+        maximum = new_maximum
+    exists = row < rows
+    tl.store(lse_ptr + row, tl.where(exists, maximum + tl.math.log2(total), float("inf")))
+    output = tl.where(exists[:, None], acc / total[:, None], 0.0)
+    tl.store(output_ptr + row[:, None] * D + tl.arange(0, D)[None, :], output)
+
+
+@triton.jit
+def block_costs(
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, sums_ptr, costs_ptr, scale, tokens,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Sums of P and costs of skipping each kv block; grid (tiles, heads).
+
+    surrogate float32 [heads, kv blocks, tiles * 64], mean_v float32 [heads, kv blocks, D]; sums float32 [heads, tiles,
+    kv blocks], costs [heads, tiles, 2 ways, kv blocks].
+    """
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
+    tile, tiles, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, BLOCK_KV)
+    surrogate_ptr += head * blocks * tiles * BLOCK_KV
+    mean_v_ptr += head * blocks * D
+    row, channel = tile * BLOCK_KV + tl.arange(0, BLOCK_KV), tl.arange(0, D)
+    q = _tile(q_ptr, tl.program_id(0), D)
+    lse = tl.load(lse_ptr + row)
+    output = tl.load(output_ptr + row[:, None] * D + channel[None, :])
+    sums_ptr += (head * tiles + tile) * blocks
+    costs_ptr += (head * tiles + tile) * 2 * blocks
+    for block in range(0, blocks):
+        p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
+        share = tl.sum(p, 1)
+        change = _part(p, v_ptr, block, D) - share[:, None] * output
+        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row)
+        mean_v = tl.load(mean_v_ptr + block * D + channel)
+        residual = change - surrogate[:, None] * (mean_v[None, :] - output)
+        tl.store(sums_ptr + block, tl.sum(p))
+        tl.store(costs_ptr + block, tl.sum(change * change))
+        tl.store(costs_ptr + blocks + block, tl.sum(residual * residual))
+
+
+@triton.jit
+def kept_errors(
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, start_ptr, taken_ptr,
+    lists_ptr, ends_ptr, wanted_ptr, errors_ptr, scale, tokens, rows, tiles_per_block,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Squared change of the rows' output when only the first blocks of a list are kept; grid (tiles, heads, 2 ways).
+
+    start float32 [heads, tiles * 64, D] and taken [heads, tiles * 64]: the output's sums with every block approximated,
+    where the second way starts; lists int32 [2, heads, q blocks, kv blocks], of which the first `ends` [2, heads, q
+    blocks] are kept in the end; wanted uint8 like lists: after which of them the change is to be found; errors float32
+    [2, heads, tiles, kv blocks], written there.
+    """
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
+    tile, tiles, head, way = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    blocks = tl.cdiv(tokens, BLOCK_KV)
+    surrogate_ptr += head * blocks * tiles * BLOCK_KV
+    mean_v_ptr += head * blocks * D
+    row, channel = tile * BLOCK_KV + tl.arange(0, BLOCK_KV), tl.arange(0, D)
+    q = _tile(q_ptr, tl.program_id(0), D)
+    lse = tl.load(lse_ptr + row)
+    at = row[:, None] * D + channel[None, :]
+    output = tl.load(output_ptr + at)
+    approximated = (way == 1).to(tl.float32)
+    acc = tl.load(start_ptr + head * tiles * BLOCK_KV * D + at) * approximated
+    total = tl.load(taken_ptr + head * tiles * BLOCK_KV + row) * approximated
+    way_and_head = way * tl.num_programs(1) + head
+    list_row = way_and_head * (tiles // tiles_per_block) + tile // tiles_per_block
+    end = tl.load(ends_ptr + list_row)
+    list_row *= blocks
+    # One loop, not one per level within another over the levels: Triton 3.6 compiled that wrongly for sm90.
+    for number in range(0, end):
+        block = tl.load(lists_ptr + list_row + number)
+        p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
+        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row) * approximated
+        mean_v = tl.load(mean_v_ptr + block * D + channel)
+        part = _part(p, v_ptr, block, D)
+        acc += part - surrogate[:, None] * mean_v[None, :]
+        total += tl.sum(p, 1) - surrogate
+        if tl.load(wanted_ptr + list_row + number) != 0:
+            moved = tl.where((row < rows)[:, None], acc / tl.maximum(total, 1.0e-6)[:, None] - output, 0.0)
+            tl.store(errors_ptr + (way_and_head * tiles + tile) * blocks + number, tl.sum(moved * moved))

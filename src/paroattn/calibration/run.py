@@ -1,0 +1,226 @@
+"""Generating from calibration prompts while every attention call is looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from paroattn.calibration import gpu
+from paroattn.calibration.capture import Accumulator
+from paroattn.calibration.checkpoint import Checkpoint, fingerprint, weights_fingerprint
+from paroattn.calibration.keep import check_density, check_reachable
+from paroattn.calibration.kernels import REFERENCE, Kernels
+from paroattn.errors import InputError
+from paroattn.grid import TokenGrid
+from paroattn.integrations.observe import ObservedCall, observe
+from paroattn.integrations.pipeline import Pipeline
+from paroattn.integrations.schedule import Schedule
+from paroattn.ops.gpu.device import unavailable, unsupported
+from paroattn.plan import bucket_of
+
+Prompt = str | Mapping[str, Any]
+ORDER_STEPS = 3  # denoising steps at which orders are compared: they are stable over steps (paper, section 4.1)
+Accumulators = TypeVar("Accumulators", bound=tuple[Accumulator, ...])
+
+
+class CalibrationRun:
+    """Generates from all prompts with the model's own attention, handing every attention call to a function.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: strings, or mappings of pipeline arguments.
+        densities: that plans will be selected for; checked as soon as the grid is known.
+        seed: of the initial noise; prompt i uses seed + i.
+        call_arguments: passed to every call of the pipeline.
+        progress: show bars on stderr.
+        checkpoint: where finished generations are kept; default: nowhere.
+
+    Attributes:
+        identity: of the pipeline's transformers.
+        grid: the token grid, known once something was generated; its text tokens are the first prompt's.
+        num_steps: denoising steps of a generation, known then, too.
+    """
+
+    grid: TokenGrid
+    num_steps: int
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[Prompt],
+        densities: Sequence[float],
+        seed: int,
+        call_arguments: Mapping[str, Any],
+        progress: bool,
+        checkpoint: Checkpoint | None = None,
+    ):
+        if isinstance(prompts, (str, Mapping)) or not prompts:
+            raise InputError(f"prompts is {prompts!r}; expected a list of at least one prompt")
+        for density in densities:
+            check_density(density)
+        self.pipeline = Pipeline(pipe)
+        self.checkpoint = checkpoint or Checkpoint()
+        self.identity = self.pipeline.identity
+        self._prompts = prompts
+        self._densities = densities
+        self._seed = seed
+        self._call_arguments = call_arguments
+        self._progress = progress
+        self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
+
+    def usage(self, edges: tuple[float, ...]) -> Tensor:
+        """Share of each step bucket's steps in which each layer was called, float32 [buckets, layers]."""
+        buckets = torch.tensor([bucket_of(edges, step, self.num_steps) for step in range(self.num_steps)])
+        calls = torch.zeros(len(edges), self.identity.layers)
+        for step, layer in self._called:
+            calls[buckets[step], layer] += 1
+        return calls / buckets.bincount(minlength=len(edges)).unsqueeze(1)
+
+    def measure(
+        self,
+        part: str,
+        description: str,
+        make: Callable[[], Accumulators],
+        take: Callable[[Accumulators, ObservedCall], None],
+    ) -> Accumulators:
+        """Generate from all prompts and add up their attention calls; from those that are not done, if some are.
+
+        Args:
+            part: its name in the checkpoint, saved after each prompt.
+            description: of the bar.
+            make: the accumulators; called when the grid and the number of steps are known.
+            take: adds a call to them.
+        """
+        found: list[Accumulators] = []
+        done = self._resume(part, make, found)
+        if done == len(self._prompts):
+            return found[0]
+
+        def add(call: ObservedCall) -> None:
+            self._called.add((call.step, call.layer))
+            if not found:
+                self.num_steps = call.num_steps
+                found.append(make())
+            take(found[0], call)
+
+        with self.bar(len(self._prompts), description, "prompt", done) as bar:
+
+            def follow(schedule: Schedule) -> None:
+                bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
+
+            with observe(self.pipeline, add, on_forward=self._check_grid, on_step=follow):
+                for number in range(done, len(self._prompts)):
+                    self.generate_one(number)
+                    self._keep(part, number + 1, found[0])
+                    bar.update()
+        return found[0]
+
+    def _keep(self, part: str, done: int, accumulators: tuple[Accumulator, ...]) -> None:
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, accumulator in enumerate(accumulators)
+            for name, tensor in accumulator.state().items()
+        }
+        facts = {"done": done, "grid": asdict(self.grid), "steps": self.num_steps, "called": sorted(self._called)}
+        self.checkpoint.save(part, tensors, facts)
+
+    def _resume(self, part: str, make: Callable[[], Accumulators], found: list[Accumulators]) -> int:
+        """Put back what was kept of a part into `found`; returns the number of prompts that are done."""
+        kept = self.checkpoint.load(part)
+        if kept is None:
+            return 0
+        tensors, facts = kept
+        self.grid, self.num_steps = TokenGrid(**facts["grid"]), facts["steps"]
+        self._called |= {(step, layer) for step, layer in facts["called"]}
+        found.append(make())
+        for number, accumulator in enumerate(found[0]):
+            own = f"{number}."
+            accumulator.restore({key[len(own) :]: value for key, value in tensors.items() if key.startswith(own)})
+        return facts["done"]
+
+    def _check_grid(self, grid: TokenGrid) -> None:
+        known: TokenGrid = getattr(self, "grid", grid)
+        if replace(known, text_tokens=grid.text_tokens) != grid:
+            raise InputError(f"prompts give different token grids: {known}, then {grid}")
+        for density in self._densities:
+            check_reachable(density, known)
+        self.grid = known
+
+    @property
+    def prompt_count(self) -> int:
+        return len(self._prompts)
+
+    def generate_one(self, number: int, output_type: str = "latent") -> Tensor:
+        """Generate from one prompt with whatever the pipeline has attached; returns the final latents, or frames in
+        [0, 1] with output_type "pt".
+        """
+        prompt = self._prompts[number]
+        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        generator = torch.Generator().manual_seed(self._seed + number)
+        call = {**self._call_arguments, **arguments, "generator": generator, "output_type": output_type}
+        return self.pipeline.generate(**call)
+
+    def bar(self, total: int, description: str, unit: str, done: int = 0) -> tqdm:
+        return tqdm(total=total, initial=done, desc=description, unit=unit, disable=not self._progress)
+
+    def provenance(self, method: str, prompt_texts: Sequence[str] | None) -> dict[str, Any]:
+        """What a plan records of every calibration; `prompt_texts` replace the prompts where those are embeddings."""
+        texts = [prompt if isinstance(prompt, str) else prompt.get("prompt") for prompt in self._prompts]
+        return {
+            "paroattn": version("paroattn"),
+            "method": method,
+            "prompts": list(prompt_texts) if prompt_texts else texts,
+            "seed": self._seed,
+            "num_inference_steps": self.num_steps,
+        }
+
+
+def calibration_checkpoint(
+    work_dir: str | os.PathLike[str] | None,
+    pipeline: Pipeline,
+    method: str,
+    prompts: Sequence[Prompt],
+    seed: int,
+    call_arguments: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> Checkpoint:
+    """The checkpoint in `work_dir` (None: nowhere) of a calibration with these arguments of this pipeline."""
+    if work_dir is None:
+        return Checkpoint()
+    found = fingerprint(
+        paroattn=version("paroattn"),
+        model=asdict(pipeline.identity),
+        weights=weights_fingerprint(pipeline.transformers),
+        scheduler=[type(pipeline.scheduler).__name__, str(dict(pipeline.scheduler.config))],
+        method=method,
+        prompts=prompts,
+        seed=seed,
+        call_arguments=call_arguments,
+        arguments=arguments,
+    )
+    return Checkpoint(Path(work_dir), found)
+
+
+def calibration_kernels(device: torch.device) -> Kernels:
+    """What computes calibration's statistics on a device: the Triton kernels on a GPU that they have, else PyTorch."""
+    if device.type != "cuda" or unavailable() or unsupported(device):
+        return REFERENCE
+    return gpu.KERNELS
+
+
+def spread(count: int, total: int) -> list[int]:
+    """At most `count` different numbers spread evenly over range(total), ascending.
+
+    Example:
+        >>> spread(3, 6)
+        [1, 3, 5]
+    """
+    return sorted({(2 * part + 1) * total // (2 * count) for part in range(count)})

@@ -1,0 +1,237 @@
+"""What an error in one head at one step does to the final result, measured on a calibration run.
+
+Two measurements are multiplied. Backward passes through the transformer give the squared change of its output per
+squared error of a head's output: with a random cotangent r and g the gradient of r·output at the head's output,
+E |g|² is the squared norm of the Jacobian, so one or two backward passes serve all heads of a model at once. Generating
+with a single step bucket approximated then gives what such a change becomes at the end of the schedule.
+
+Errors are taken to have no preferred direction. Gradients times the heads' actual errors need no such assumption, but
+they are so noisy that plans made of them were worse (docs/fidelity.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paroattn.block_mask import block_count, pack_bits
+from paroattn.calibration.run import CalibrationRun, spread
+from paroattn.integrations.apply import apply
+from paroattn.integrations.observe import ObservedCall, observe
+from paroattn.integrations.operators import Operators
+from paroattn.integrations.pipeline import Pipeline
+from paroattn.integrations.schedule import Schedule
+from paroattn.plan import Plan
+from paroattn.quantize import Precision
+
+COTANGENTS = 2  # backward passes per recorded call; each averages over all elements of a head's output
+PROPAGATION_RUNS = 8  # step buckets that are approximated alone; the others are interpolated
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Squared changes of the final latents.
+
+    Attributes:
+        weights: per unit of squared error of the head's output in one step, float64 [buckets, layers, heads].
+        int4: when a head is computed in INT4 at every step, [layers, heads].
+    """
+
+    weights: Tensor
+    int4: Tensor
+
+
+def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: int = 0, int4: bool = False) -> Effects:
+    """Effects of the heads of a pipeline on its first calibration prompt.
+
+    Args:
+        run: has generated before, so that its grid is known.
+        draft: how steps are approximated to see what it does.
+        errors: squared error of the heads' outputs under the draft, [buckets, layers, heads].
+        seed: of the random cotangents.
+        int4: also measure INT4 (zeros otherwise).
+    """
+    steps_of: list[list[int]] = [[] for _ in range(draft.buckets)]
+    for step in range(run.num_steps):
+        steps_of[draft.bucket_of(step, run.num_steps)].append(step)
+    steps = [own[len(own) // 2] for own in steps_of]
+    counts = [len(own) for own in steps_of]
+    generator = torch.Generator().manual_seed(seed)
+    kept = run.checkpoint.load("effects")
+    if kept is None:
+        found, rounding, reference = [], [], None
+    else:
+        found, rounding, reference = list(kept[0]["found"]), list(kept[0]["rounding"]), kept[0]["reference"]
+        generator.set_state(kept[0]["generator"])
+    if len(found) < draft.buckets:
+        reference, calls = _generate_recording(run, steps)
+    assert reference is not None
+    with run.bar(draft.buckets, "calibration 3/4, effect of heads", "step", len(found)) as bar:
+        for bucket in range(len(found), draft.buckets):
+            probe = _HeadProbe(run.pipeline, draft, bucket, int4)
+            measured = [probe.measure(call, generator) for call in calls[steps[bucket]]]
+            sensitivity, rounded = (torch.stack(parts).mean(0) for parts in zip(*measured, strict=True))
+            found.append(sensitivity)
+            rounding.append(rounded)
+            state = {"found": torch.stack(found), "rounding": torch.stack(rounding), "reference": reference.cpu()}
+            run.checkpoint.save("effects", {**state, "generator": generator.get_state()}, {})
+            bar.update()
+    sensitivities = torch.stack(found)
+    gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), counts)
+    weights = sensitivities * gains.view(-1, 1, 1)
+    steps_per_bucket = torch.tensor(counts, dtype=torch.float64).view(-1, 1, 1)
+    return Effects(weights, int4=(torch.stack(rounding) * weights * steps_per_bucket).sum(0))
+
+
+@dataclass(frozen=True, eq=False)
+class _ForwardCall:
+    """A forward call of a transformer, to be repeated."""
+
+    transformer: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+    def __call__(self) -> Tensor:
+        return self.transformer(*self.args, **self.kwargs)[0]
+
+
+def _generate_recording(run: CalibrationRun, steps: Sequence[int]) -> tuple[Tensor, dict[int, list[_ForwardCall]]]:
+    """Final latents of the first prompt, and the forward calls at some steps (two under guidance)."""
+    calls: dict[int, list[_ForwardCall]] = {step: [] for step in steps}
+    schedule = Schedule(run.pipeline.scheduler, lambda _: None)
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if schedule.step in calls:
+            calls[schedule.step].append(_ForwardCall(module, args, kwargs))
+
+    transformers = run.pipeline.transformers
+    hooks = [transformer.register_forward_pre_hook(record, with_kwargs=True) for transformer in transformers]
+    try:
+        return run.generate_one(0), calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+        schedule.remove()
+
+
+class _HeadProbe:
+    """Backward passes through a transformer at one step bucket."""
+
+    def __init__(self, pipeline: Pipeline, draft: Plan, bucket: int, int4: bool):
+        self._pipeline = pipeline
+        self._shape = (draft.model.layers, draft.model.heads)
+        self._operators = self._int4_operators = None
+        if int4:
+            in_int4 = replace(draft, precisions=(Precision("int4", "int4"),) * len(draft.precisions))
+            self._operators, self._int4_operators = Operators(draft, [], "auto"), Operators(in_int4, [], "auto")
+            self._operators.show(bucket)
+            self._int4_operators.show(bucket)
+
+    def measure(self, forward: _ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For one recorded call: squared change of the model's output per squared error of a head's output, and the
+        squared error of a head in INT4 (zero if not asked for); each [layers, heads] float64, zero for layers that are
+        not called.
+        """
+        layers: list[int] = []
+        touched: list[Tensor] = []  # zeros added to each call's attention, whose gradient is wanted
+        rounding = torch.zeros(self._shape, dtype=torch.float64)
+
+        def add_zeros(call: ObservedCall) -> Tensor:
+            output = call.dense()
+            zeros = torch.zeros_like(output, requires_grad=True)
+            if not backward_began:  # with gradient checkpointing, forward code runs again in the backward pass
+                layers.append(call.layer)
+                touched.append(zeros)
+                rounding[call.layer] += self._int4_error(call)
+            return output + zeros
+
+        backward_began: list[bool] = []
+        totals, elements = torch.zeros(self._shape, dtype=torch.float64), torch.zeros(self._shape[0], 1)
+        with observe(self._pipeline, add_zeros), _for_gradients(forward.transformer), torch.enable_grad():
+            output = forward()
+            backward_began.append(True)
+            for number in range(COTANGENTS):
+                cotangent = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+                gradients = torch.autograd.grad(output, touched, cotangent, retain_graph=number < COTANGENTS - 1)
+                for layer, gradient in zip(layers, gradients, strict=True):
+                    totals[layer] += gradient.double().square().sum((0, 1, 3)).cpu()
+                    elements[layer] += gradient[:, :, 0].numel()
+        return totals / elements.clamp(min=1), rounding
+
+    @torch.no_grad()
+    def _int4_error(self, call: ObservedCall) -> Tensor:
+        """Squared difference of INT4 to the plan's own precision, per sample, float64 [heads]."""
+        if self._operators is None or self._int4_operators is None:
+            return torch.zeros(self._shape[1], dtype=torch.float64)
+        outputs = [
+            operators.ready(call.layer, call.query.device, call.query.dtype, call.scale).run(call).double()
+            for operators in (self._operators, self._int4_operators)
+        ]
+        return (outputs[1] - outputs[0]).square().sum((0, 1, 3)).cpu() / len(call.query)
+
+
+@contextmanager
+def _for_gradients(module: Any) -> Any:
+    """Autograd then keeps nothing for the weights and, on a GPU, where memory is short, nothing inside the blocks."""
+    checkpoint = next(module.parameters()).device.type == "cuda" and not module.is_gradient_checkpointing
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    if checkpoint:
+        module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if checkpoint:
+            module.disable_gradient_checkpointing()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _propagation(
+    run: CalibrationRun, draft: Plan, reference: Tensor, output_changes: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Squared change of the final latents over that of the transformer's output, float64 [buckets].
+
+    Some buckets are approximated alone, each in a generation of its own; in between, logarithms are interpolated over
+    the schedule.
+    """
+    measured = spread(PROPAGATION_RUNS, draft.buckets)
+    kept = run.checkpoint.load("propagation")
+    found: list[float] = [] if kept is None else kept[0]["found"].tolist()
+    with run.bar(len(measured), "calibration 4/4, propagation of steps", "run", len(found)) as bar:
+        for bucket in measured[len(found) :]:
+            with apply(run.pipeline, _only_in(draft, bucket)):
+                final = run.generate_one(0)
+            change = float((final.double().cpu() - reference.double().cpu()).square().sum())
+            found.append(change / max(float(output_changes[bucket]) * counts[bucket], 1e-30))
+            run.checkpoint.save("propagation", {"found": torch.tensor(found, dtype=torch.float64)}, {})
+            bar.update()
+    gains = torch.tensor(found, dtype=torch.float64).clamp(min=1e-30).log()
+    return torch.stack([_between(measured, gains, bucket) for bucket in range(draft.buckets)]).exp()
+
+
+def _between(places: Sequence[int], values: Tensor, place: int) -> Tensor:
+    """Linear interpolation, constant outside."""
+    right = next((number for number, own in enumerate(places) if own >= place), len(places) - 1)
+    left = max(right - 1, 0) if places[right] > place else right
+    if left == right or place >= places[right]:
+        return values[right]
+    share = (place - places[left]) / (places[right] - places[left])
+    return values[left] * (1 - share) + values[right] * share
+
+
+def _only_in(plan: Plan, bucket: int) -> Plan:
+    """The plan with all blocks computed in every other bucket."""
+    rows, columns = block_count(plan.grid.tokens, plan.block_q), block_count(plan.grid.tokens, plan.block_kv)
+    everything = pack_bits(torch.ones(1, rows, columns, dtype=torch.bool))
+    index = torch.full_like(plan.mask_index, len(plan.mask_table))
+    index[bucket] = plan.mask_index[bucket]
+    compensate = torch.zeros_like(plan.compensate)
+    compensate[bucket] = plan.compensate[bucket]
+    return replace(plan, mask_table=torch.cat((plan.mask_table, everything)), mask_index=index, compensate=compensate)

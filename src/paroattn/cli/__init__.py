@@ -1,0 +1,19 @@
+"""The command line: reads arguments, calls the package, prints. Other distributions add commands by entry points."""
+
+from __future__ import annotations
+
+from paroattn.errors import MissingPartError, require
+
+COMMANDS_GROUP = "paroattn.commands"
+"""Entry points of other distributions, each a click command."""
+
+
+def main() -> None:
+    """The script `paroattn`."""
+    try:
+        require("paroattn[cli]", "click", "diffusers", "imageio", "packaging", "PIL", "rich", "transformers")
+    except MissingPartError as error:
+        raise SystemExit(f"Error: {error}") from None
+    from paroattn.cli.group import command_line
+
+    command_line()

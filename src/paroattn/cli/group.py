@@ -1,0 +1,25 @@
+"""The group of all commands: the library's own, and those that other distributions add."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import click
+
+from paroattn.cli import COMMANDS_GROUP
+from paroattn.cli.calibrate import calibrate
+from paroattn.cli.generate import generate
+from paroattn.cli.inspect import inspect
+from paroattn.cli.options import OneLineErrors
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="paroattn")
+def command_line() -> None:
+    """Faster attention for visual diffusion transformers: reordered tokens, skipped blocks, low precision."""
+
+
+for command in (calibrate, generate, inspect):
+    command_line.add_command(command)
+for entry_point in entry_points(group=COMMANDS_GROUP):
+    command_line.add_command(entry_point.load(), entry_point.name)

@@ -1,1 +1,0 @@
-"""Evaluation: paired runs with full and with PARO attention, metrics, records and the HTML report."""

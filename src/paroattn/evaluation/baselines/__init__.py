@@ -1,6 +1,0 @@
-"""Mask rules of other papers, in our own words, to be compared at the same density with the same operator."""
-
-from paroattn.evaluation.baselines.dynamic import DYNAMIC_BASELINES, DynamicHandle, apply_dynamic
-from paroattn.evaluation.baselines.static import STATIC_BASELINES, static_baseline
-
-__all__ = ["DYNAMIC_BASELINES", "STATIC_BASELINES", "DynamicHandle", "apply_dynamic", "static_baseline"]

@@ -1,0 +1,142 @@
+"""Looking at the attention calls of a running pipeline: calibration, benchmarks and the study of heads stand on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from paroattn.errors import InputError
+from paroattn.grid import TokenGrid
+from paroattn.integrations.attach import Attachment
+from paroattn.integrations.pipeline import Pipeline
+from paroattn.integrations.rebind import AttentionCall, Intercept
+from paroattn.integrations.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sample of a call, without hidden text tokens.
+
+    Attributes:
+        grid: with the number of text tokens that are left.
+        query, key, value: [N, H, D] in the model's order.
+    """
+
+    grid: TokenGrid
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [H, N, D]."""
+        return self.query.transpose(0, 1), self.key.transpose(0, 1), self.value.transpose(0, 1)
+
+    def head(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of a head, [N, D]."""
+        return self.query[:, number], self.key[:, number], self.value[:, number]
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedCall:
+    """A self-attention call of a running pipeline.
+
+    Attributes:
+        layer: its number.
+        step, num_steps: denoising step, from 0, and steps of the schedule.
+        grid: the box of visual tokens, with as many text tokens as this call has.
+        query, key, value: [B, N, H, D] in the model's order.
+        key_mask: bool [B, N], False for padding of text, or None.
+        scale: factor of the logits.
+        dense: computes the call with the model's own attention, [B, N, H, D].
+    """
+
+    layer: int
+    step: int
+    num_steps: int
+    grid: TokenGrid
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scale: float
+    dense: Callable[[], Tensor]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[2]
+
+    def samples(self) -> Iterator[Sample]:
+        """The call's samples; padding is left out, since nothing attends to it."""
+        for number, (q, k, v) in enumerate(zip(self.query, self.key, self.value, strict=True)):
+            if self.key_mask is None:
+                yield Sample(self.grid, q, k, v)
+                continue
+            kept = self.key_mask[number].nonzero().flatten()
+            text = len(kept) - self.grid.visual_tokens
+            yield Sample(replace(self.grid, text_tokens=text), q[kept], k[kept], v[kept])
+
+
+def observe(
+    pipe: Any,
+    function: Callable[[ObservedCall], Tensor | None],
+    *,
+    on_forward: Callable[[TokenGrid], None] = lambda grid: None,
+    on_step: Callable[[Schedule], None] = lambda schedule: None,
+) -> Attachment:
+    """Hand every self-attention call of a pipeline's transformers to a function, until the handle is removed.
+
+    Args:
+        pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
+        function: gets an `ObservedCall`. The tensor [B, N, H, D] that it returns takes the place of the call's output;
+            None leaves it to the model's own attention. Cross-attention does not arrive.
+        on_forward: called with the token grid before each forward call of a transformer.
+        on_step: called with the schedule (`step`, `num_steps`) whenever the denoising step changes.
+
+    Returns:
+        A handle with `remove()`; also a context manager.
+
+    Raises:
+        InputError: an unknown model class, a pipeline that paroattn is applied to, and, while generating, visual tokens
+            that are no single box.
+
+    Example:
+        >>> norms = []
+        >>> with paroattn.observe(pipe, lambda call: norms.append(call.query.norm())):  # doctest: +SKIP
+        ...     pipe(prompt="a cat")
+    """
+    known: list[TokenGrid] = []
+
+    def before_forward(grid: TokenGrid | None, hidden_states: Tensor) -> None:
+        if grid is None:
+            raise InputError("visual tokens are no single box of frames, height and width; use a prompt without images")
+        known[:] = [grid]
+        on_forward(grid)
+
+    def intercept(layer: int) -> Intercept:
+        def attend(call: AttentionCall) -> Tensor:
+            text = call.query.shape[1] - known[0].visual_tokens
+            if not call.attends_to_itself or text < 0:
+                return call.dense()
+            observed = ObservedCall(
+                layer,
+                attachment.schedule.step,
+                attachment.schedule.num_steps,
+                replace(known[0], text_tokens=text),
+                call.query.detach(),
+                call.key.detach(),
+                call.value.detach(),
+                call.key_mask,
+                call.query.shape[-1] ** -0.5 if call.scale is None else call.scale,
+                call.dense,
+            )
+            output = function(observed)
+            return call.dense() if output is None else output
+
+        return attend
+
+    intercepts = [intercept(layer) for layer in range(Pipeline(pipe).identity.layers)]
+    attachment = Attachment(pipe, intercepts, before_forward, on_step)
+    return attachment

@@ -1,0 +1,91 @@
+"""What paroattn takes of a diffusers pipeline, looked up in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paroattn.errors import InputError
+from paroattn.integrations.descriptors import attention_modules
+from paroattn.plan import ModelIdentity
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Attributes of pipelines that hold the transformers which denoise, in the order in which they run."""
+
+
+class Pipeline:
+    """A diffusers pipeline as paroattn sees it.
+
+    Args:
+        pipe: the pipeline, or one that was wrapped before.
+
+    Attributes:
+        transformers: those that denoise, in the order in which they run; Wan 2.2 has two. One that was compiled is
+            given as it was before.
+
+    Raises:
+        InputError: no transformer or no scheduler.
+    """
+
+    def __init__(self, pipe: Any):
+        self._pipe: Any = pipe._pipe if isinstance(pipe, Pipeline) else pipe
+        found = [getattr(self._pipe, name, None) for name in TRANSFORMERS]
+        # A compiled transformer is a module around the original one.
+        self._outer = [item for item in found if isinstance(item, nn.Module)]
+        self.transformers: list[Any] = [getattr(item, "_orig_mod", item) for item in self._outer]
+        if not self.transformers or getattr(self._pipe, "scheduler", None) is None:
+            raise InputError(
+                f"pipe is a {type(self._pipe).__name__}; expected a diffusers pipeline with transformer and scheduler"
+            )
+
+    @property
+    def scheduler(self) -> Any:
+        """The one in use now; users may exchange it."""
+        return self._pipe.scheduler
+
+    @cached_property
+    def layers(self) -> list[list[Any]]:
+        """The self-attention modules of each transformer."""
+        return [attention_modules(transformer) for transformer in self.transformers]
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """What plans are checked against; weights do not count, so fine-tunes can share plans.
+
+        The layers of a second transformer follow those of the first.
+        """
+        layers = sum(map(len, self.layers))
+        configs: list[Any] = [transformer.config for transformer in self.transformers]
+        public = [{key: value for key, value in dict(config).items() if not key.startswith("_")} for config in configs]
+        # The configs of two transformers are listed, the one of a single transformer stands alone.
+        described = json.dumps(public[0] if len(public) == 1 else public, sort_keys=True, default=str)
+        return ModelIdentity(
+            class_name=type(self.transformers[0]).__name__,
+            config_hash=hashlib.sha256(described.encode()).hexdigest(),
+            layers=layers,
+            heads=configs[0].num_attention_heads,
+            head_dim=configs[0].attention_head_dim,
+        )
+
+    @property
+    def makes_frames(self) -> bool:
+        """Whether it can decode latents to frames."""
+        return getattr(self._pipe, "vae", None) is not None
+
+    def hook_before(self, number: int, hook: Any) -> Any:
+        """Call `hook(module, args, kwargs)` before each forward call of a transformer; never compiled with it."""
+        return self._outer[number].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """What a call of the pipeline with these arguments returns first."""
+        return self._pipe(**arguments)[0]
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the first transformer."""
+        return self.transformers[0].device, self.transformers[0].dtype

@@ -1,0 +1,181 @@
+"""What a call of attention brings: checked at the public entry points, then handed to a backend as one object."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import BLOCK, BlockMask
+from paroattn.errors import InputError
+from paroattn.quantize import Precision
+
+TensorLayout = Literal["HND", "NHD"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """What decides which backend does a call; no device or dtype means that the tensors are not known yet."""
+
+    precisions: Sequence[Precision]
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    block_shape: tuple[int, int] = (BLOCK, BLOCK)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """A call that was checked, in "HND" layout: what every backend's `attend` takes.
+
+    Attributes:
+        query: [B, H, N, D]; key, value: [B, H_kv, N, D].
+        permutation: int32 or int64 [H, N], or None.
+        block_mask: with H heads, or None for all blocks.
+        precisions: one per head.
+        compensate: bool [H] on query's device, or None for no head.
+        key_mask: bool [B, N] in the input's order, or None.
+        scale: factor of the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    permutation: Tensor | None
+    block_mask: BlockMask | None
+    precisions: Sequence[Precision]
+    compensate: Tensor | None
+    key_mask: Tensor | None
+    scale: float
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        return (BLOCK, BLOCK) if self.block_mask is None else (self.block_mask.block_q, self.block_mask.block_kv)
+
+    @property
+    def kind(self) -> CallKind:
+        return CallKind(self.precisions, self.query.device, self.query.dtype, self.block_shape)
+
+    def flat(self) -> tuple[Any, ...]:
+        """As operators of torch take it (`FLAT_SCHEMA`), every tensor's channels side by side in memory."""
+        return (
+            *(_with_adjacent_channels(x.detach()) for x in (self.query, self.key, self.value)),
+            self.permutation,
+            None if self.block_mask is None else self.block_mask.bits,
+            list(self.block_shape),
+            self.compensate,
+            self.key_mask,
+            ",".join(f"{precision.qk}/{precision.pv}" for precision in self.precisions),
+            self.scale,
+        )
+
+
+FLAT_SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? permutation, Tensor? mask_bits, int[] block_shape, "
+    "Tensor? compensate, Tensor? key_mask, str precisions, float scale"
+)
+
+
+def from_flat(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    permutation: Tensor | None,
+    mask_bits: Tensor | None,
+    block_shape: list[int],
+    compensate: Tensor | None,
+    key_mask: Tensor | None,
+    precisions: str,
+    scale: float,
+) -> AttentionInputs:
+    """Undo `AttentionInputs.flat`."""
+    block_mask = None if mask_bits is None else BlockMask(mask_bits, query.shape[2], *block_shape)
+    chosen = parsed_precisions(precisions)
+    return AttentionInputs(query, key, value, permutation, block_mask, chosen, compensate, key_mask, scale)
+
+
+@functools.lru_cache
+def parsed_precisions(precisions: str) -> tuple[Precision, ...]:
+    """The heads' precisions from one string with commas, read once and not in every call."""
+    return tuple(Precision.parse(item) for item in precisions.split(","))
+
+
+def _with_adjacent_channels(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_layout(tensor_layout: str) -> None:
+    if tensor_layout not in ("HND", "NHD"):
+        raise InputError(f"tensor_layout is {tensor_layout!r}; expected 'HND' or 'NHD'")
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
+    """Raise `InputError` for query, key, value ("HND") and key_mask that no backend can take."""
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if x.ndim != 4:
+            raise InputError(f"{name} has {x.ndim} dimensions, shape {list(x.shape)}; expected 4")
+        if x.dtype not in DTYPES or x.dtype != query.dtype:
+            raise InputError(
+                f"{name} is {x.dtype} and query is {query.dtype}; expected one of float32, float16, bfloat16 for all"
+            )
+        if x.device != query.device:
+            raise InputError(f"{name} is on {x.device} and query on {query.device}; move them to one device")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"{name} requires grad; paroattn is for inference: call it under torch.no_grad()")
+    batch, heads, tokens, head_dim = query.shape
+    if not 1 <= head_dim <= MAX_HEAD_DIM or tokens < 1:
+        raise InputError(
+            f"query has {tokens} tokens of head_dim {head_dim}; expected at least 1 token and head_dim 1 to 128"
+        )
+    key_heads = key.shape[1]
+    if key.shape != (batch, key_heads, tokens, head_dim) or value.shape != key.shape:
+        raise InputError(
+            f"key is {list(key.shape)} and value {list(value.shape)} (as [B, H, N, D]); expected both "
+            f"[{batch}, heads, {tokens}, {head_dim}] to go with query"
+        )
+    if key_heads < 1 or heads % key_heads:
+        raise InputError(f"key has {key_heads} heads and query {heads}; expected a divisor of query's")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, tokens)):
+        raise InputError(
+            f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; expected torch.bool [{batch}, {tokens}]"
+        )
+
+
+def per_head(value: object, heads: int, name: str, types: tuple[type, ...]) -> list:
+    """One value per head from a single value or a sequence of them."""
+    values = [value] * heads if isinstance(value, types) else list(value) if isinstance(value, Sequence) else []
+    if len(values) != heads or not all(isinstance(item, types) for item in values):
+        names = " or ".join(kind.__name__ for kind in types)
+        raise InputError(f"{name} is {value!r}; expected one {names}, or {heads} of them, one per head")
+    return values
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if not math.isfinite(scale):
+        raise InputError(f"scale is {scale}; expected a finite number")
+    return float(scale)
+
+
+def checked_mask(
+    block_mask: Tensor | BlockMask | None, heads: int, tokens: int, device: torch.device
+) -> BlockMask | None:
+    if block_mask is None:
+        return None
+    if isinstance(block_mask, Tensor):
+        block_mask = BlockMask.from_dense(block_mask, tokens, BLOCK, BLOCK)
+    if block_mask.tokens != tokens or block_mask.heads not in (1, heads):
+        raise InputError(
+            f"block_mask is for {block_mask.heads} heads and {block_mask.tokens} tokens; "
+            f"query has {heads} heads and {tokens} tokens"
+        )
+    bits = block_mask.bits.to(device).expand(heads, -1, -1)
+    return BlockMask(bits, tokens, block_mask.block_q, block_mask.block_kv)

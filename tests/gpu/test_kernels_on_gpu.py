@@ -1,0 +1,37 @@
+"""The shipped kernels on a real GPU, to run first on a new kind of GPU; `-n 8`, since most of the time is compiling."""
+
+import gpu_checks
+import pytest
+import torch
+from attention_inputs import call_of, inputs, masks, permutations
+
+from paroattn.ops.gpu import backend, device, hopper
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.mark.parametrize("variant", gpu_checks.variants(), ids=str)
+def test_a_variant_errs_at_most_twice_as_much_as_the_reference(variant):
+    record = gpu_checks.check(variant)
+    assert record["repeats"]
+    assert record["error"] <= record["limit"]
+
+
+@pytest.mark.parametrize("check", gpu_checks.checks(), ids=str)
+def test_what_is_no_variant_stays_within_its_limit(check):
+    assert check.error() <= check.limit
+
+
+def test_the_kernel_for_hopper_agrees_with_tritons(monkeypatch):
+    if device.target_of(torch.device("cuda")) != "sm90":
+        pytest.skip("needs a GPU of sm90")
+    tensors = [x.cuda().bfloat16() for x in inputs(333, heads=3, head_dim=64, batch=2)]
+    call = call_of(tensors, "int8", masks(3, 333).cuda(), permutations(3, 333).cuda(), [True, False, True])
+    output, lse = backend.attend(call)
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    expected, expected_lse = backend.attend(call)
+    assert (output - expected).float().norm() < 2**-7 * expected.float().norm()
+    assert (lse - expected_lse).abs().max() < 1e-4

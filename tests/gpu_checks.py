@@ -1,0 +1,221 @@
+"""What is checked on a real GPU: by tests/gpu, and by lab/benchmarks/gpu/correctness.py, which records it.
+
+A kernel may err twice as much as the reference, which rounds as the kernels do, and by what rounding its output adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import oracles
+import torch
+from attention_inputs import exact_attention, over_nan
+from torch import Tensor
+
+from paroattn import BlockMask, Precision
+from paroattn.block_mask import BLOCK, block_count
+from paroattn.calibration import gpu as calibration
+from paroattn.calibration import statistics
+from paroattn.calibration.kernels import skip_costs_of_heads
+from paroattn.ops import reference
+from paroattn.ops.gpu import backend, hopper
+from paroattn.ops.inputs import AttentionInputs
+
+DEVICE = torch.device("cuda")
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of the output; of products and P in 16 bits, too
+PRECISIONS = ("exact", "int8", "int8/exact", "exact/int8", "int8/fp8", "exact/fp8")
+KINDS = ("random", "smooth", "peaky", "offset")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call to check."""
+
+    precision: str
+    head_dim: int
+    block_q: int
+    dtype: torch.dtype
+    inputs: str = "random"
+    mask: str = "sparse"  # or "dense", "compensated", "hidden keys"
+    tokens: int = 1777
+    heads: int = 2
+    batch: int = 2
+    kernel: str = "own"  # what a call takes, or "triton": not hopper_forward.cu
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.precision:10} D {self.head_dim:3} {self.block_q:3} x 64 {dtype:8} {self.inputs:6} {self.mask:11} "
+            f"B {self.batch} H {self.heads} N {self.tokens:6,}"
+        ) + ("" if self.kernel == "own" else f" {self.kernel}")
+
+
+def variants(quick: bool = False) -> Iterator[Variant]:
+    """All formats, shapes of blocks and kinds of masks at a short length; the main ones at the lengths of models."""
+    for head_dim in (64, 128):
+        for block_q in (64, 128):
+            for precision in PRECISIONS:
+                for mask in ("dense", "sparse", "compensated", "hidden keys"):
+                    variant = Variant(precision, head_dim, block_q, torch.bfloat16, mask=mask)
+                    yield variant
+                    if precision in ("int8", "int8/fp8"):
+                        yield replace(variant, kernel="triton")
+    for precision in PRECISIONS:
+        for inputs in KINDS[1:]:
+            yield Variant(precision, 64, 128, torch.bfloat16, inputs, "compensated")
+        for head_dim in (40, 96):
+            yield Variant(precision, head_dim, 64, torch.float16)
+    if quick:
+        return
+    for tokens, head_dim in ((17_776, 64), (32_760, 128)):  # CogVideoX, Wan 2.1 at 480p
+        for precision in PRECISIONS:
+            for inputs in KINDS:
+                yield Variant(precision, head_dim, 128, torch.bfloat16, inputs, "compensated", tokens, 1, 1)
+
+
+def tensors_of(variant: Variant, seed: int = 0) -> list[Tensor]:
+    """Query, key and value [B, H, N, D]."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shape = (variant.batch, variant.heads, variant.tokens, variant.head_dim)
+    query, key, value = torch.randn(3, *shape, generator=generator, device=DEVICE).unbind(0)
+    if variant.inputs == "smooth":  # neighbours are alike, as in videos
+        position = torch.arange(variant.tokens, device=DEVICE).view(-1, 1) / variant.tokens
+        wave = torch.sin(position * 40 * torch.rand(variant.head_dim, generator=generator, device=DEVICE))
+        query, key, value = (0.3 * x + 2 * wave for x in (query, key, value))
+    if variant.inputs == "peaky":
+        query = 8 * query
+    if variant.inputs == "offset":
+        key, value = key + 5, value + 3
+    return [x.to(variant.dtype) for x in (query, key, value)]
+
+
+def inputs_of(variant: Variant, seed: int = 0) -> AttentionInputs:
+    """Orders and masks that differ from head to head."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, heads = variant.tokens, variant.heads
+    rows, columns = block_count(tokens, variant.block_q), block_count(tokens, BLOCK)
+    mask = torch.rand(heads, rows, columns, generator=generator) < 0.3
+    mask[:, torch.arange(rows), torch.arange(rows) * variant.block_q // BLOCK] = True
+    hidden = torch.rand(variant.batch, tokens, generator=generator) < 0.1
+    order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)])
+    return AttentionInputs(
+        *tensors_of(variant, seed),
+        order.to(DEVICE),
+        None if variant.mask == "dense" else BlockMask.from_dense(mask.to(DEVICE), tokens, variant.block_q),
+        [Precision.parse(variant.precision)] * heads,
+        torch.ones(heads, dtype=torch.bool, device=DEVICE) if variant.mask == "compensated" else None,
+        ~hidden.to(DEVICE) if variant.mask == "hidden keys" else None,
+        variant.head_dim**-0.5,
+    )
+
+
+def reference_error(variant: Variant) -> float:
+    """Of the reference on inputs of the same kind; at a short length, since it takes one block after the other."""
+    inputs = inputs_of(replace(variant, tokens=min(variant.tokens, Variant.tokens)))
+    return oracles.relative_error(reference.attend(inputs, backend.P_QUANTIZATION)[0], exact_attention(inputs)[0])
+
+
+def check(variant: Variant) -> dict[str, Any]:
+    """The record of one variant: its error, what the reference's is, and whether outputs repeat to the bit."""
+    from paroattn.ops.gpu import launch, pack
+
+    inputs = inputs_of(variant)
+    triton_only = mock.patch.object(hopper, "takes", return_value=False)
+    with triton_only if variant.kernel == "triton" else contextlib.nullcontext():
+        written = over_nan(lambda output, lse, _: launch.run(output, lse, pack.Call(inputs)), inputs)
+        again = backend.attend(inputs)
+    error, own = oracles.relative_error(written[0], exact_attention(inputs)[0]), reference_error(variant)
+    limit = 2 * own + ROUNDING[variant.dtype]
+    if variant.precision.endswith("fp8"):
+        limit = max(limit, 2**-4)  # the reference rounds P relative to other maxima
+    repeats = all(torch.equal(*both) for both in zip(written, again, strict=True))
+    return {"error": error, "reference_error": own, "limit": limit, "repeats": repeats}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is no variant of the forward: an error and what it may be."""
+
+    name: str
+    error: Callable[[], float]
+    limit: float
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_MIXED = ("int8", "exact", "int8/fp8")
+
+
+def checks() -> list[Check]:
+    """RoPE, heads of different formats, compiled calls, calibration's kernels."""
+    found = [Check(f"rotary {pairs}", partial(_rotary_error, pairs), 2**-6) for pairs in ("interleaved", "halves")]
+    found += [Check(f"mixed formats, {name}", partial(_mixed_error, head), 0.0) for head, name in enumerate(_MIXED)]
+    found.append(Check("torch.compile", _compiled_error, 2**-8))
+    for head_dim, block_q in ((64, 64), (64, 128), (128, 64)):
+        found.append(Check(f"block sums, D {head_dim}", partial(_block_sums_error, head_dim), 1e-4))
+        for part in ("costs", "errors"):
+            name = f"skip {part}, D {head_dim}, {block_q} x 64"
+            found.append(Check(name, partial(_skip_error, head_dim, block_q, part), 1e-3))
+    return found
+
+
+def _three_heads() -> AttentionInputs:
+    return inputs_of(Variant("exact", 64, 64, torch.bfloat16, heads=3))
+
+
+def _rotary_error(pairs: str) -> float:
+    inputs = _three_heads()
+    angle = torch.rand(Variant.tokens, 32, device=DEVICE) * 6
+    output, _ = backend.attend(inputs, backend.Rotary(angle.cos(), angle.sin(), pairs))
+    query, key = (oracles.rotated(x, angle, pairs) for x in (inputs.query, inputs.key))
+    return oracles.relative_error(output, exact_attention(replace(inputs, query=query, key=key))[0])
+
+
+def _mixed_error(head: int) -> float:
+    inputs, precisions = _three_heads(), [Precision.parse(name) for name in _MIXED]
+    mixed, _ = backend.attend(replace(inputs, precisions=precisions))
+    alone, _ = backend.attend(replace(inputs, precisions=precisions[head : head + 1] * 3))
+    return float((mixed[:, head] - alone[:, head]).abs().max())
+
+
+def _compiled_error() -> float:
+    inputs = _three_heads()
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return backend.attend(replace(inputs, query=2 * query, key=key, value=value))[0] + 1
+
+    tensors = (inputs.query, inputs.key, inputs.value)
+    return oracles.relative_error(torch.compile(call, fullgraph=True)(*tensors), call(*tensors))
+
+
+_TOKENS = 1000  # the reference then looks at all rows at once, as the kernels do
+
+
+def _head(head_dim: int) -> tuple[list[Tensor], Tensor, float]:
+    """q, k and v [N, D], an order and the scale."""
+    tensors = tensors_of(Variant("exact", head_dim, 64, torch.bfloat16, tokens=_TOKENS))
+    order = torch.randperm(_TOKENS, generator=torch.Generator().manual_seed(0))
+    return [x[0, 0] for x in tensors], order, head_dim**-0.5
+
+
+def _block_sums_error(head_dim: int) -> float:
+    (q, k, _), order, scale = _head(head_dim)
+    sums = calibration.block_sums(q, k, [order], scale)
+    return oracles.relative_error(sums, statistics.block_sums(q, k, [order], scale))
+
+
+def _skip_error(head_dim: int, block_q: int, part: str) -> float:
+    tensors, order, scale = _head(head_dim)
+    required = torch.zeros(block_count(_TOKENS, block_q), block_count(_TOKENS, BLOCK), dtype=torch.bool)
+    required[:, -1] = True
+    found, expected = (
+        function(*(x.unsqueeze(0) for x in tensors), [order], scale, required, block_q=block_q)[0]
+        for function in (calibration.skip_costs, skip_costs_of_heads)
+    )
+    return oracles.relative_error(getattr(found, part), getattr(expected, part))
