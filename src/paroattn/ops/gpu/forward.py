@@ -3,7 +3,7 @@
 It walks over the row's list of kept blocks with an online softmax in powers of two (`_units`). Whole blocks, one or two
 per step, need no mask; what remains of the list, the partial last block among it, goes through masked steps, as does
 everything when there is a key mask. Blocks of mean tokens follow where skipped blocks are
-compensated. Packed keys and values come from prologue.py; docs/gpu.md has the layouts and why they are so.
+compensated. Packed keys and values come from prologue.py; docs/gpu-design.md has the layouts and why they are so.
 """
 
 import triton
