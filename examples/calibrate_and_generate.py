@@ -19,10 +19,10 @@ from paroattn.cli.models import load_model
 
 
 def main(folder: Path) -> None:
-    model = load_model("moving-digits", device="cpu", num_frames=2, num_inference_steps=2)
+    model = load_model("moving-digits", device="cpu", height=64, width=64, num_frames=4, num_inference_steps=2)
 
     arguments = model.call_arguments("a slow red two over the cat")  # other models: the prompt itself
-    plan = paroattn.calibrate(model.pipe, [arguments], density=0.4, precision="int8")
+    plan = paroattn.calibrate(model.pipe, [arguments], density=0.5, precision="int8")
     plan.save(folder / "digits.safetensors")
 
     prompt, seed = "a fast white six over the flower", 7

@@ -18,13 +18,13 @@ PAIRS = [("a slow red two over the cat", 1), ("a fast white six over the flower"
 
 
 def main() -> None:
-    model = load_model("moving-digits", device="cpu", num_frames=2, num_inference_steps=2)
+    model = load_model("moving-digits", device="cpu", height=64, width=64, num_frames=4, num_inference_steps=2)
     arguments = [model.call_arguments("a slow green five over the temple")]
     plans = {
-        "paper": paroattn.calibrate_paper(model.pipe, arguments, density=0.4),
-        "paroattn": paroattn.calibrate(model.pipe, arguments, density=0.4),
+        "paper": paroattn.calibrate_paper(model.pipe, arguments, density=0.5),
+        "paroattn": paroattn.calibrate(model.pipe, arguments, density=0.5),
     }
-    evaluation = evaluate_variants(model, [Variant.of(plan, name, 0.4) for name, plan in plans.items()], PAIRS)
+    evaluation = evaluate_variants(model, [Variant.of(plan, name, 0.5) for name, plan in plans.items()], PAIRS)
     Console(width=120).print(evaluation_table(evaluation))
     gain, error = evaluation.results[1].gain_over(evaluation.results[0])
     print(f"paroattn over the paper's: {gain:+.2f} dB, standard error {error:.2f}")

@@ -1,11 +1,9 @@
 """What the library's tests share."""
 
 import pytest
-import suite_settings  # noqa: F401 - sets threads and hypothesis
+from suite_settings import CPU_CAPABILITIES
 
 from paroattn.ops import backend, cpu
-
-CPU_CAPABILITIES = [] if cpu.unavailable() else cpu.usable_capabilities()
 
 
 @pytest.fixture(scope="module", params=["reference", *CPU_CAPABILITIES])

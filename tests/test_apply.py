@@ -11,20 +11,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import paroattn
 from paroattn.block_mask import block_count
-from paroattn.ops import PreparedAttention
-
-
-def record_calls(monkeypatch):
-    """Every call of a prepared operator: step bucket, inputs, output, operator, key mask."""
-    calls, original = [], PreparedAttention.__call__
-
-    def recording(self, query, key, value, *, bucket, key_mask=None):
-        output = original(self, query, key, value, bucket=bucket, key_mask=key_mask)
-        calls.append((int(bucket), (query, key, value), output, self, key_mask))
-        return output
-
-    monkeypatch.setattr(PreparedAttention, "__call__", recording)
-    return calls
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +53,7 @@ def test_each_layer_and_step_uses_its_own_orders_and_masks(pipe, monkeypatch):
     masks = torch.rand(3, 2, 2, blocks, blocks, generator=torch.Generator().manual_seed(5)) < 0.5
     masks |= torch.eye(blocks, dtype=torch.bool)
     plan = tiny.make_plan(pipe, masks, edges=edges)
-    calls = record_calls(monkeypatch)
+    calls = tiny.record_calls(monkeypatch)
     with paroattn.apply(pipe, plan):
         tiny.latents(pipe)
     assert [call[0] for call in calls] == [0, 0, 1, 1, 2, 2, 2, 2]  # 4 steps of 2 layers
@@ -82,7 +68,7 @@ def test_each_layer_and_step_uses_its_own_orders_and_masks(pipe, monkeypatch):
 
 
 def test_guidance_does_not_advance_the_step(pipe, monkeypatch):
-    calls = record_calls(monkeypatch)
+    calls = tiny.record_calls(monkeypatch)
     with paroattn.apply(pipe, tiny.make_plan(pipe, edges=(0.0, 0.25, 0.5, 0.75))):
         tiny.latents(pipe, guidance_scale=3.0)
         tiny.latents(pipe, steps=8)

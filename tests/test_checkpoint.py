@@ -168,16 +168,20 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
 
 
 def test_the_command_ends_with_one_line_and_goes_on(generations, tmp_path):
-    arguments = ["calibrate", "--prompt", "a slow red two over the cat", "--density", "0.4", "--frames", "2"]
-    arguments += ["--steps", "2", "--device", "cpu", "--output", str(tmp_path / "plan.safetensors")]
+    model, output = tmp_path / "wan", tmp_path / "plans"
+    tiny.save_whole_wan(model)
+    output.mkdir()
+    arguments = ["calibrate", "--model", str(model), "--calibration-prompt", "a cat", "--density", "0.75"]
+    arguments += ["--height", "64", "--width", "80", "--frames", "21", "--steps", "2", "--device", "cpu"]
+    arguments += ["--output", str(output / "plan.safetensors")]
     generations.stop_at = 2
     result = CliRunner().invoke(command_line, arguments)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "Interrupted."
     assert "Traceback" not in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors.work"]
+    assert [path.name for path in output.iterdir()] == ["plan.safetensors.work"]
     generations.stop_at, generations.count = None, 0
     result = CliRunner().invoke(command_line, arguments)
     assert result.exit_code == 0, result.output
     assert generations.count == 4  # costs, recording, and one for each of two steps
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
+    assert [path.name for path in output.iterdir()] == ["plan.safetensors"]

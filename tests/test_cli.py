@@ -138,7 +138,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(wan, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     result = run(*(wan if argument == "WAN" else argument for argument in arguments))
     assert result.exit_code == 2
-    error = [line for line in result.stderr.splitlines() if line and "calibration" not in line.partition(":")[0]]
+    error = [line for line in result.stderr.splitlines() if line and "%|" not in line]
     assert len(error) == 1
     assert error[0].startswith("Error: ")
     assert message in error[0]

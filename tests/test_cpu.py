@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 from attention_inputs import call_of, exact_attention, inputs, masks, over_nan, permutations
-from conftest import CPU_CAPABILITIES
+from suite_settings import CPU_CAPABILITIES
 
 import paroattn
 from paroattn import Precision
@@ -214,18 +214,6 @@ def test_one_graph_holds_the_call(monkeypatch):
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, key, value), call(query, key, value))
-
-
-def test_a_prepared_layer_is_one_graph_for_all_steps():
-    from test_prepared import LAYER, TOKENS
-
-    query, key, value = inputs(TOKENS, heads=3)
-    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="cpu")
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    compiled(query, key, value, bucket=torch.tensor(0))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for bucket in torch.arange(2):
-            assert torch.equal(compiled(query, key, value, bucket=bucket), op(query, key, value, bucket=bucket))
 
 
 @pytest.mark.parametrize(

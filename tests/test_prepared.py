@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_inputs import inputs, masks, permutations
+from suite_settings import CPU_CAPABILITIES
 
 import paroattn
 from paroattn.block_mask import pack_bits
@@ -107,3 +108,14 @@ def test_a_mask_with_an_empty_row_is_refused_when_prepared():
     empty = replace(LAYER, mask_table=torch.zeros_like(LAYER.mask_table))
     with pytest.raises(ValueError, match="keeps no block in row 0"):
         paroattn.prepare(empty, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.skipif(not CPU_CAPABILITIES, reason="paroattn was installed without a compiler")
+def test_a_prepared_layer_is_one_graph_for_all_steps():
+    query, key, value = inputs(TOKENS, heads=HEADS)
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="cpu")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    compiled(query, key, value, bucket=torch.tensor(0))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for bucket in torch.arange(2):
+            assert torch.equal(compiled(query, key, value, bucket=bucket), op(query, key, value, bucket=bucket))

@@ -119,15 +119,13 @@ CACHES = {
 @pytest.mark.parametrize("name", CACHES)
 def test_the_step_goes_on_when_a_cache_skips_calls(monkeypatch, name):
     """Caches leave out blocks, or their attention, in some steps; the masks stay those of the step."""
-    from test_apply import record_calls
-
     if not hasattr(diffusers, f"{name}Config") and not hasattr(diffusers, f"{name}CacheConfig"):
         pytest.skip(f"this diffusers has no {name}")
     pipe = tiny.tiny_wan(layers=3)
     plan = tiny.make_plan(pipe, edges=(0.0, 0.25, 0.5, 0.75))
     pipe.transformer.enable_cache(CACHES[name](pipe))
     dense = tiny.latents(pipe, steps=8)
-    calls = record_calls(monkeypatch)
+    calls = tiny.record_calls(monkeypatch)
     with paroattn.apply(pipe, plan):
         cached = tiny.latents(pipe, steps=8)
     first = [call[0] for call in calls if call[3].layer_plan is calls[0][3].layer_plan]
@@ -140,10 +138,8 @@ def test_the_step_goes_on_when_a_cache_skips_calls(monkeypatch, name):
 
 
 def test_a_generation_that_was_broken_off_does_not_shift_the_next(monkeypatch):
-    from test_apply import record_calls
-
     pipe = tiny.tiny_wan()
-    calls = record_calls(monkeypatch)
+    calls = tiny.record_calls(monkeypatch)
 
     def stop(pipe, step, timestep, kwargs):
         if step == 1:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,37 @@ SOURCE = Path(paroattn.__file__).parent
 COLUMN = "errors files grid block_mask order quantize plan plan_facts ops integrations calibration cli".split()  # noqa: SIM905
 
 
+def module_name(path):
+    return ".".join(("paroattn", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCE.rglob("*.py")}
+
+
+def imports(path):
+    """Modules of the package that a file imports, at its top or within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "paroattn":
+            for item in node.names:
+                inner = f"{node.module}.{item.name}"
+                yield inner if inner in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (item.name for item in node.names if item.name in MODULES)
+
+
 def test_a_folder_imports_only_what_stands_before_it():
-    for path in SOURCE.rglob("*.py"):
-        own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if own == "__init__":
+    for module, path in MODULES.items():
+        if module == "paroattn":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else getattr(node, "names", [])
-            for name in (getattr(item, "name", item) for item in names if item):
-                if str(name).split(".")[0] == "paroattn":
-                    assert COLUMN.index(str(name).split(".")[1]) <= COLUMN.index(own), f"{path} imports {name}"
+        own = COLUMN.index(module.split(".")[1])
+        for name in imports(path):
+            assert name != "paroattn", f"{module} imports the package from inside"
+            assert COLUMN.index(name.split(".")[1]) <= own, f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: set(imports(path)) - {module} for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_operator_needs_torch_numpy_and_safetensors_only():

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.grid import TokenGrid
 from paroattn.integrations.pipeline import Pipeline
+from paroattn.ops import PreparedAttention
 from paroattn.order import AXIS_ORDERS
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
@@ -115,3 +116,16 @@ def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", **id
         compensate=torch.zeros(len(edges), layers, heads, dtype=torch.bool),
         usage=torch.ones(len(edges), layers),
     )
+
+
+def record_calls(monkeypatch):
+    """Every call of a prepared operator: step bucket, inputs, output, operator, key mask."""
+    calls, original = [], PreparedAttention.__call__
+
+    def recording(self, query, key, value, *, bucket, key_mask=None):
+        output = original(self, query, key, value, bucket=bucket, key_mask=key_mask)
+        calls.append((int(bucket), (query, key, value), output, self, key_mask))
+        return output
+
+    monkeypatch.setattr(PreparedAttention, "__call__", recording)
+    return calls

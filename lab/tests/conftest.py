@@ -1,10 +1,8 @@
-"""Settings of the lab's tests: few threads, and a report that is made once."""
+"""What the lab's tests share."""
 
 import pytest
 import report_pages
-import torch
-
-torch.set_num_threads(2)
+import suite_settings  # noqa: F401 - sets threads and hypothesis
 
 
 @pytest.fixture(scope="session")

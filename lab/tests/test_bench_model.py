@@ -75,6 +75,7 @@ def test_the_table_names_contenders_and_sizes(config):
         assert text in result.stdout
 
 
+@pytest.mark.models
 def test_the_bundled_model_is_called_as_its_pipeline_calls_it():
     result = bench("--size", "2x128x128", "--rounds", 1, "--density", "0.5", "--precision", "exact", "--json")
     assert result.exit_code == 0, result.output

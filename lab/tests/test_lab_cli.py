@@ -13,7 +13,7 @@ from paroattn.errors import InputError
 from paroattn.plan import Plan
 
 pytestmark = pytest.mark.models
-SMALL = ["--frames", "3", "--steps", "2", "--device", "cpu"]
+SMALL = ["--frames", "2", "--steps", "2", "--device", "cpu"]
 PROMPT = "a slow red two over the cat"
 
 
@@ -24,9 +24,10 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def plan_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "small.safetensors"
-    result = run("calibrate", "--calibration-prompt", PROMPT, "--density", "0.4", "--output", path, *SMALL)
+    choice = ("--calibration-prompt", PROMPT, "--density", "0.5", "--order", "FHW")
+    result = run("calibrate", *choice, "--output", path, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "density 0.400" in result.output
+    assert "density 0.500" in result.output
     return path
 
 
@@ -39,7 +40,7 @@ def test_evaluate_compares_given_plans(plan_path, tmp_path):
     assert [record[name] for name in ("variant", "method", "asked_density", "precision")] == [
         "small",
         "paroattn",
-        0.4,
+        0.5,
         "exact",
     ]
     assert 5 < record["psnr"] < 100

@@ -15,6 +15,7 @@ from paroattn.cli.group import command_line
 from paroattn.cli.models import GenerativeModel
 
 PAIRS = [("first", 1), ("second", 2), ("third", 3)]
+SMALL = ("--frames", 4, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
 TIMES = ("speed_up", "transformer_seconds", "full_attention_seconds")
 
 
@@ -129,6 +130,7 @@ def bundled(monkeypatch):
     return Generations
 
 
+@pytest.mark.models
 def test_methods_and_densities_on_a_file_of_prompts_can_be_interrupted(tmp_path, bundled):
     prompts, output = tmp_path / "prompts.json", tmp_path / "out"
     texts = ["a slow red two over the cat", "a fast white six over the flower"]
@@ -144,7 +146,7 @@ def test_methods_and_densities_on_a_file_of_prompts_can_be_interrupted(tmp_path,
         "--density",
         "0.5",
     ]
-    command += ["--precision", "int8", "--frames", 2, "--steps", 2, "--device", "cpu", "--output-dir", output]
+    command += ["--precision", "int8", *SMALL, "--output-dir", output]
     bundled.stop_at = 6
     result = run(*command)
     assert result.exit_code == 130
@@ -172,9 +174,10 @@ def test_methods_and_densities_on_a_file_of_prompts_can_be_interrupted(tmp_path,
     assert "ms_ssim is not defined for frames with a side below 176 pixels" in shown.stdout
 
 
+@pytest.mark.models
 def test_ablations_can_be_interrupted(tmp_path, bundled):
-    command = ["ablate", "--method", "sliding window", "--density", "0.5", "--pairs", 2, "--frames", 2, "--steps", 2]
-    command += ["--device", "cpu", "--output-dir", tmp_path]
+    command = ["ablate", "--method", "sliding window", "--density", "0.5", "--pairs", 2, *SMALL]
+    command += ["--output-dir", tmp_path]
     bundled.stop_at = 4
     assert run(*command).exit_code == 130
     lines = (tmp_path / "records.jsonl").read_text().splitlines()

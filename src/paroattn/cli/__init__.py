@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from paroattn.errors import MissingPartError, require
 
-COMMANDS_GROUP = "paroattn.commands"
-"""Entry points of other distributions, each a click command."""
-
 
 def main() -> None:
     """The script `paroattn`."""

@@ -6,11 +6,13 @@ from importlib.metadata import entry_points
 
 import click
 
-from paroattn.cli import COMMANDS_GROUP
 from paroattn.cli.calibrate import calibrate
 from paroattn.cli.generate import generate
 from paroattn.cli.inspect import inspect
 from paroattn.cli.options import OneLineErrors
+
+COMMANDS_GROUP = "paroattn.commands"
+"""Entry points of other distributions, each a click command."""
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

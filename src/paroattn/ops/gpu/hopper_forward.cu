@@ -12,7 +12,7 @@
 // Compiled by NVRTC (hopper.py), which defines D (64 or 128), PV_FP8 (0: int8, 1: e4m3), OUT_BF16 (0: float16), STAGES
 // and PROGRAMS, and by hopper.Layout COLUMNS (of the product PV), VALUES, SCALE and RECORD (places in a record and its
 // size), QUERIES, BIAS, BARRIERS and SHARED (places in shared memory and its size). docs/gpu-trials.md has what was
-// and tried.
+// measured and tried.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
