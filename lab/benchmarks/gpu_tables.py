@@ -14,10 +14,10 @@ def gpu_attention_table(records: list[dict]) -> list[str]:
     for shape in shapes:
         own = [record for record in records if (record["batch"], record["heads"], record["tokens"]) == shape]
         peers = (f"x {name.rpartition(' ')[0]}" for name in own[0]["times_each"])
-        heads = ("", "blocks", "density", "ms", "prologue", "TFLOP/s", *peers, "matrix floor", "exp2 floor")
+        heads = ("", "blocks", "density", "ms", "prologue", "TFLOP/s", *peers, "matrix roofline", "exp2 roofline")
         rows = []
         for record in own:
-            floors = (record["matrix_floor_ms"], record["exp2_floor_ms"])
+            rooflines = (record["matrix_roofline_ms"], record["exp2_roofline_ms"])
             cells = (
                 f"{record['method']} {record['precision']}" + (", compensated" if record["compensate"] else ""),
                 "" if record["density"] == 1 else f"{record['block_q']} x 64",
@@ -26,7 +26,7 @@ def gpu_attention_table(records: list[dict]) -> list[str]:
                 f"{record['prologue_ms']:.2f}" if "prologue_ms" in record else "",
                 f"{record['tflops']:.0f}",
                 *(f"{ratio:.2f}" for ratio in record["times_each"].values()),
-                *("" if floor is None else f"{floor:.2f}" for floor in floors),
+                *("" if bound is None else f"{bound:.2f}" for bound in rooflines),
             )
             rows.append(cells)
         title = f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:"
@@ -55,7 +55,7 @@ def calibration_table(records: list[dict]) -> list[str]:
     return [
         *lines,
         "",
-        "Per head, tokens x head_dim, medians; in brackets over dense attention of a head by SDPA's flash kernel. "
+        "Per head, tokens x head_dim, medians; in brackets as a multiple of a head's dense attention (SDPA, flash). "
         f"{surroundings(first)}.",
     ]
 

@@ -3,7 +3,7 @@
     python lab/benchmarks/triton_kernels.py                  # every target's kernels in the common formats
     python lab/benchmarks/triton_kernels.py --target sm90    # of one target
     python lab/benchmarks/triton_kernels.py --all            # all formats and variants
-    python lab/benchmarks/triton_kernels.py --floors         # instructions per score element, two workloads' floors
+    python lab/benchmarks/triton_kernels.py --roofline    # instructions per score element, two workloads' lower bounds
 
 Exit code 1 if a kernel spills registers, lacks its matrix instruction or takes more shared memory than the target has.
 "Instructions per score element" counts what the main loop issues per entry of QK^T that a thread computes.
@@ -334,7 +334,7 @@ _SMS, _CLOCK = 132, 1.755e9  # of an H200
 _MATRIX_RATE = {"16": 989e12, "int8": 1979e12, "fp8": 1979e12}  # of its datasheet
 
 
-def floors() -> None:
+def roofline() -> None:
     """Print, for both workloads, the instructions per score element on sm90 and the least times in ms."""
     print("sm90, 132 multiprocessors at 1.755 GHz, datasheet matrix rates: least ms per layer, density 1 (0.3)")
     for work in _WORKLOADS:
@@ -362,11 +362,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--all", action="store_true", help="all formats, and variants of the forward")
-    parser.add_argument("--floors", action="store_true", help="instructions beside the floors of two workloads")
+    parser.add_argument("--roofline", action="store_true", help="instructions beside the lower bounds of two workloads")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args()
-    if arguments.floors:
-        floors()
+    if arguments.roofline:
+        roofline()
         return 0
     start, wanted = time.perf_counter(), jobs(arguments.target or TARGETS, arguments.all)
     wrong = 0

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 from paroattn_lab.speed import bench
 from paroattn_lab.speed.bench import Contender, Shape, bench_attention
-from paroattn_lab.speed.floors import gpu_floors
 from paroattn_lab.speed.peers import Peer, sdpa
+from paroattn_lab.speed.roofline import gpu_rooflines
 
 import paroattn
 from paroattn.cli.group import command_line
@@ -48,7 +48,7 @@ def test_records_say_what_was_measured_where():
         assert record["compensate"] is False
         work = 4e-12 * 2 * 130**2 * 16 * record["density"]
         assert record["tflops"] == pytest.approx(work / record["median_ms"] * 1000)
-        assert record["matrix_floor_ms"] is None
+        assert record["matrix_roofline_ms"] is None
 
 
 def test_compensation_is_timed_beside_the_same_without():
@@ -127,16 +127,16 @@ def test_masks_may_have_rows_of_128_queries():
     assert inputs._error(output, tensors, mask, compensate=False) < 1e-6
 
 
-def test_floors_are_those_of_the_gpu(monkeypatch):
+def test_rooflines_are_those_of_the_gpu(monkeypatch):
     hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_755_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
-    found = gpu_floors(Precision.parse("int8/exact"), 2 * 48 * 17_776**2, 64, torch.device("cuda"))
-    assert found["exp2_floor_ms"] == pytest.approx(8.18, abs=0.01)  # docs/gpu.md
-    assert found["matrix_floor_ms"] == pytest.approx(
+    found = gpu_rooflines(Precision.parse("int8/exact"), 2 * 48 * 17_776**2, 64, torch.device("cuda"))
+    assert found["exp2_roofline_ms"] == pytest.approx(8.18, abs=0.01)  # docs/gpu-design.md
+    assert found["matrix_roofline_ms"] == pytest.approx(
         2 * 30.34e9 * 64 / (132 * 1.755e6) * (1 / 8192 + 1 / 4096), rel=1e-3
     )
     hopper.major = 7
-    assert gpu_floors(Precision(), 1.0, 64, torch.device("cuda"))["matrix_floor_ms"] is None
+    assert gpu_rooflines(Precision(), 1.0, 64, torch.device("cuda"))["matrix_roofline_ms"] is None
 
 
 def test_peers_that_are_missing_or_refuse_are_left_out(caplog):

@@ -40,7 +40,7 @@ _TENSOR_DTYPES = {
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a plan remembers of its model, compared with the model at hand when the plan is applied."""
+    """What a plan remembers of its model, compared with the model when the plan is applied."""
 
     class_name: str
     config_hash: str

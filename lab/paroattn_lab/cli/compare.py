@@ -123,7 +123,7 @@ def evaluate(
     """Measure how close sparse attention stays to full attention, for methods x densities, or for given plans.
 
     Without --method: paroattn's plans and the paper's, and paroattn's with INT8 at density 0.3. Every pair that is done
-    is kept in the output folder: after an interruption the same command goes on where it was.
+    is kept in the output folder: after an interruption the same command continues.
     """
     from paroattn.quantize import Precision
     from paroattn_lab.quality import ablation
@@ -214,7 +214,7 @@ def ablate(
     """Compare methods, densities and precisions: the paper's, paroattn's part by part, and other mask rules.
 
     Takes about an hour on two CPU cores for the tiny video model. Every pair that is done is kept in the output folder:
-    after an interruption the same command goes on where it was.
+    after an interruption the same command continues.
     """
     from paroattn_lab.quality import ablation
     from paroattn_lab.quality.learned_metrics import find_learned_metrics

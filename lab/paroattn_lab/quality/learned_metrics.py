@@ -1,4 +1,4 @@
-"""Metrics that need networks: used where their weights are at hand, said to be missing elsewhere; never downloaded."""
+"""Metrics that need networks: used where their weights are installed, named as missing elsewhere; never downloaded."""
 
 from __future__ import annotations
 

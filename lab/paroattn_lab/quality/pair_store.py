@@ -1,4 +1,4 @@
-"""Results of prompt/seed pairs, kept in a folder so that an evaluation that was interrupted goes on where it was."""
+"""Results of prompt/seed pairs, kept in a folder so that an evaluation that was interrupted can continue."""
 
 from __future__ import annotations
 

@@ -72,15 +72,15 @@ def attention_table(records: Sequence[Record]) -> Table:
     size = f"{first['tokens']:,} tokens, {first['heads']} heads, head_dim {first['head_dim']}"
     table = Table("method", title=f"{size}; {first['rounds']} rounds")
     columns = ["density", "error", "median (ms)", "spread (ms)", "x SDPA", "TFLOP/s"]
-    floors = first.get("matrix_floor_ms") is not None
-    for column in columns + ["matrix floor (ms)", "exp2 floor (ms)"] * floors:
+    rooflines = first.get("matrix_roofline_ms") is not None
+    for column in columns + ["matrix roofline (ms)", "exp2 roofline (ms)"] * rooflines:
         table.add_column(column, justify="right")
     for record in records:
-        limits = [record["matrix_floor_ms"], record["exp2_floor_ms"]] if floors else []
+        limits = [record["matrix_roofline_ms"], record["exp2_roofline_ms"]] if rooflines else []
         table.add_row(
             f"{record['method']} {record['precision']}"
             + (", compensated" if record["compensate"] else "")
-            + (", prologue out" if record["prologue"] is False else ""),
+            + (", without prologue" if record["prologue"] is False else ""),
             f"{record['density']:g}",
             "" if record["error"] is None else f"{record['error']:.1e}",
             f"{record['median_ms']:.2f}",

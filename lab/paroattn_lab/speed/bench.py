@@ -27,8 +27,8 @@ from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import LayerPlan
 from paroattn.quantize import Precision
 from paroattn_lab.records import environment
-from paroattn_lab.speed.floors import gpu_floors
 from paroattn_lab.speed.peers import GPU_PEERS, Peer, flex_attention, sdpa
+from paroattn_lab.speed.roofline import gpu_rooflines
 from paroattn_lab.speed.rounds import interleaved, median_and_spread, paired_ratio
 
 # Largest relative L2 error against float64 that random inputs may show; more means a broken kernel. On GPUs "exact" has
@@ -230,12 +230,12 @@ class _Inputs:
         self.order = torch.stack([token_order(name, grid) for name in names])
 
     def work(self, contender: Contender, times: Sequence[float]) -> dict[str, float | None]:
-        """Arithmetic per second of a contender, and the floors of a GPU for it."""
+        """Arithmetic per second of a contender, and the roofline of a GPU for it."""
         tokens, heads, head_dim = self.shape.tokens, self.shape.heads, self.shape.head_dim
         scores = contender.density * self.shape.batch * heads * tokens**2
         tflops = 4e-12 * scores * head_dim / statistics.median(times)
         parsed = Precision.parse(contender.precision) if contender.method == "paroattn" else Precision()
-        return {"tflops": tflops, **gpu_floors(parsed, scores, head_dim, self.device)}
+        return {"tflops": tflops, **gpu_rooflines(parsed, scores, head_dim, self.device)}
 
     def dense_contenders(self) -> list[Contender]:
         """Dense attention of others."""

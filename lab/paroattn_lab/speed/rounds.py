@@ -1,4 +1,4 @@
-"""Timing several contenders fairly: all of them once per round, so that a machine's moods meet them alike."""
+"""Timing several contenders fairly: all of them once per round, so that a slow machine is slow for all."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ class Selection:
 
     Attributes:
         score: keep the blocks with the largest "cost" (change of the output when skipped) or "block sum" (the paper's).
-        compensate: approximate skipped blocks by their means "never", "always", or where that errs less ("chosen").
+        compensate: approximate skipped blocks by their means "never", "always", or where the error is then smaller
+            ("chosen").
         budget: "effect" shares one average density by measured weights, "error" by relative errors of the heads'
             outputs, "uniform" gives every head of every step the same.
         dense_steps: share of the schedule, from its start, in which all blocks are computed; buckets that begin there.

@@ -69,9 +69,9 @@ def calibrate(
         prompts: one or two are enough; each a string, or a mapping of pipeline arguments such as `prompt_embeds`.
         density: kept blocks over all blocks, in (0, 1], averaged over steps, layers and heads; default 0.3.
         target_psnr: instead of a density, the PSNR in dB that generating from the calibration prompts must reach
-            against the model's own attention; the sparsest plan found that does is returned.
+            against the model's own attention; the sparsest plan found that reaches it is returned.
         target_speed_up: instead of a density, how many times faster the transformer must be on this machine; the
-            densest plan found that is is returned.
+            densest plan found that reaches it is returned.
         precision: number format the plan asks for: "exact", "bf16", "int8", "int4" or a `Precision`.
         seed: of the initial noise (prompt i uses seed + i), of sampled rows and of random cotangents.
         step_buckets: most groups of steps with masks of their own; where there are more steps, attention changes
@@ -83,7 +83,7 @@ def calibrate(
         dense_layers: number of layers, from the first, that stay dense and exact.
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
-            interruption goes on where it was. Its files are deleted in the end. None keeps nothing.
+            interruption continues from them. Its files are deleted in the end. None keeps nothing.
         progress: show a tqdm progress bar.
         **call_arguments: passed to every call of the pipeline (height, width, num_frames, num_inference_steps, ...).
 

@@ -1,4 +1,4 @@
-"""Finished parts of a calibration, kept in files so that one that was interrupted goes on where it was."""
+"""Finished parts of a calibration, kept in files so that one that was interrupted can continue."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from paroattn.cli.options import (
     seed_option,
 )
 
-_OURS_ONLY = ("target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers")
+_NOT_THE_PAPERS = ("target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers")
 
 
 @click.command(
@@ -60,7 +60,7 @@ def calibrate(
     """Find token orders and block masks of a model and write them to a plan file.
 
     What every generation finds is kept in a folder beside the plan file until it is written: after an interruption the
-    same command goes on where it was. The method "paper" is the one of the PAROAttention paper.
+    same command continues. The method "paper" is the one of the PAROAttention paper.
     """
     from paroattn.calibration.calibrate import calibrate as calibrate_pipeline
     from paroattn.calibration.calibrate import check_choice
@@ -70,7 +70,7 @@ def calibrate(
     if "block_q" in given:
         given["block_q"] = int(given["block_q"])
     if method == "paper":
-        for name in _OURS_ONLY:
+        for name in _NOT_THE_PAPERS:
             if name in given:
                 raise click.UsageError(
                     f"--{name.replace('_', '-')} is {given[name]}, which method 'paper' does not have"

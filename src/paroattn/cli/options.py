@@ -37,7 +37,7 @@ def example_lines(*lines: str) -> str:
 
 
 def new_console() -> Console:
-    """Files and pipes have no width, and rich would take 80 columns, too few for our tables."""
+    """Files and pipes have no width, and rich would take 80 columns, too few for the tables."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -77,7 +77,7 @@ calibration_prompt_option = click.option(
 )
 backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
 
 
 def chosen_device(name: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""The attention operator: the public entry points (`attention`, `prepare`), several backends behind them."""
+"""The attention operator: the public functions `attention` and `prepare`, several backends behind them."""
 
 from paroattn.ops.attention import attention
 from paroattn.ops.backend import backends

@@ -1,4 +1,4 @@
-"""What a call of attention brings: checked at the public entry points, then handed to a backend as one object."""
+"""What a call of attention brings: checked by the public functions, then handed to a backend as one object."""
 
 from __future__ import annotations
 

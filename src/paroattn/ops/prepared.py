@@ -62,7 +62,7 @@ def prepare(
 class PreparedAttention:
     """The operator that `prepare` returns; made directly of a layer of a `Plan`, whose parts are known to fit.
 
-    A mask table without an index holds the masks of the current step: whoever made it changes it in place. In compiled
+    A mask table without an index holds the masks of the current step: its owner changes it in place. In compiled
     code each call is one opaque node.
     """
 
