@@ -36,8 +36,14 @@ kernels: .venv/installed
 	$(BIN)/python lab/benchmarks/triton_kernels.py --all
 
 # All distributions, checked, and installed into fresh environments.
-wheels: .venv/installed
+wheels: dist/built
 	$(BIN)/python .ci/check_wheels.py
+
+dist/built: .venv/installed $(wildcard csrc/*) $(shell find src lab/paroattn_lab lab/models -name '*.py' -o -name '*.cu')
+	rm -rf dist
+	for project in . lab lab/models; do $(BIN)/python -m build --outdir dist $$project >dist.log || exit 1; done
+	rm dist.log
+	touch $@
 
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.
 .venv/installed: pyproject.toml lab/pyproject.toml lab/models/pyproject.toml constraints.txt $(wildcard csrc/*)
@@ -47,11 +53,11 @@ wheels: .venv/installed
 		--editable 'lab[training]'
 	touch $@
 
-.venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
+.venv-oldest/installed: constraints-oldest.txt dist/built
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	sed -n 's/^\([^#=]*==\).*/^\1/p' constraints-oldest.txt | grep -vf - constraints.txt > .venv-oldest/constraints.txt
 	cat constraints-oldest.txt >> .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt '.[cli]' pytest pytest-xdist \
-		hypothesis peft
+	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt --find-links dist 'paroattn[cli]' \
+		pytest pytest-xdist hypothesis peft
 	touch $@

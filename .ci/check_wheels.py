@@ -1,4 +1,4 @@
-"""Builds the three distributions, checks them, and installs them into a fresh environment, one part after another.
+"""Checks the three distributions in dist/ and installs them into a fresh environment, one part after another.
 
 The library alone has to import and attend; then come its extras, and then the lab with its models.
 """
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECTS = {".": 2.0, "lab": 3.0, "lab/models": 95.0}  # and the most megabytes of their wheels
+PROJECTS = {"paroattn": 2.0, "paroattn_lab": 3.0, "paroattn_models": 95.0}  # and the most megabytes of their wheels
 ATTEND = (
     "import torch, paroattn; q = torch.randn(1, 2, 200, 64); "
     "mask = torch.eye(4, dtype=torch.bool).expand(2, 4, 4); "
@@ -30,17 +30,15 @@ def run(*command: str | Path, expected: int = 0) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        wheels, environment = Path(folder) / "wheels", Path(folder) / "environment"
+        wheels, environment = ROOT / "dist", Path(folder) / "environment"
         for project, limit in PROJECTS.items():
-            known = set(wheels.glob("*.whl"))
-            run(sys.executable, "-m", "build", "--outdir", wheels, ROOT / project)
-            (wheel,) = set(wheels.glob("*.whl")) - known
+            (wheel,) = wheels.glob(f"{project}-*.whl")
             size = wheel.stat().st_size / 1e6
             weights = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".safetensors")]
             print(f"{wheel.name}: {size:.2f} MB, {len(weights)} files of weights")
-            if size > limit or bool(weights) != (project == "lab/models"):
+            if size > limit or bool(weights) != (project == "paroattn_models"):
                 sys.exit(f"{wheel.name}: expected at most {limit} MB, and weights in the models' wheel only")
-        run(sys.executable, "-m", "twine", "check", "--strict", *wheels.iterdir())
+        run(sys.executable, "-m", "twine", "check", "--strict", *wheels.glob("*.whl"), *wheels.glob("*.tar.gz"))
         venv.create(environment, with_pip=True)
         python, command = environment / "bin" / "python", environment / "bin" / "paroattn"
         torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
