@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from paroattn.errors import InputError
+
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`.
@@ -25,6 +27,22 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+    """Raise `InputError` where a file cannot be written later, or would take the place of one that is read."""
+    path = Path(path)
+    for given in inputs:
+        if path.resolve() == Path(given).resolve():
+            raise InputError(f"output {str(path)!r} is also an input; choose another file name")
+    if path.is_dir():
+        raise InputError(f"output {str(path)!r} is a directory; expected a file name")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is not writable" if folder.is_dir() else "is no directory"
+        raise InputError(f"output {str(path)!r} cannot be written: {str(folder)!r} {reason}")
 
 
 def plain_name(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from paroattn.cli.options import example_lines, path_option
+from paroattn.files import check_output
 from paroattn.plan import Plan
 from paroattn_lab.cli.options import require_page
 
@@ -21,5 +22,6 @@ def page(path: Path, output: Path | None) -> None:
 
     plan = Plan.load(path)
     output = output or path.with_suffix(".html")
+    check_output(output, path)
     write_plan_page(output, plan, path.name)
     click.echo(f"wrote {output}")

@@ -16,6 +16,7 @@ from paroattn.cli.options import (
     path_option,
     seed_option,
 )
+from paroattn.files import check_output
 
 _NOT_THE_PAPERS = ("target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers")
 
@@ -82,6 +83,7 @@ def calibrate(
             if name in ("density", "target_psnr", "target_speed_up", "precision")
         }
     )
+    check_output(output)
     loaded = load(
         model,
         device,

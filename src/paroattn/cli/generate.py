@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from paroattn.cli.options import backend_option, example_lines, load, model_options, path_option, seed_option
+from paroattn.files import check_output
 from paroattn.plan import Plan
 
 
@@ -43,18 +44,22 @@ def generate(
 
     if output is not None:
         check_path(output)
+        check_output(output, *([plan_path] if plan_path else []))
     plan = Plan.load(plan_path) if plan_path else None
     model = load(**model_arguments)
     output = output or Path("image.png" if model.makes_images else "video.mp4")
     check_path(output, images=model.makes_images)
+    check_output(output)
     model.pipe.set_progress_bar_config(disable=False, desc="generation", leave=False)
     applied = (
         apply(model.pipe, plan, precision=precision, strict=True, backend=backend)
         if plan or precision
         else nullcontext()
     )
-    with applied:
+    with applied as handle:
         frames = model.generate(prompt, seed)
     save_frames(frames, output, model.settings.fps)
+    if handle is not None:
+        click.echo(handle.report())
     count = "" if model.makes_images else f"{len(frames)} frames of "
     click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels")

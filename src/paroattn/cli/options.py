@@ -22,7 +22,7 @@ class OneLineErrors(click.Group):
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())
             sys.exit(2)
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
             click.echo("Interrupted.", err=True)
             sys.exit(130)
         except (click.ClickException, InputError, MissingPartError, OSError) as error:
@@ -77,7 +77,9 @@ calibration_prompt_option = click.option(
 )
 backend_option = click.option("--backend", default="auto", show_default=True, help="Attention backend.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of all random numbers."
+)
 
 
 def chosen_device(name: str | None) -> Any:
