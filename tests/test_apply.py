@@ -1,16 +1,22 @@
 """Applying plans to a pipeline: what changes, what does not, and what is refused."""
 
+import copy
 import inspect
+import pickle
+import threading
 import warnings
+from contextlib import contextmanager
+from dataclasses import replace
 
 import oracles
 import pytest
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 import paroattn
 from paroattn.block_mask import block_count
+from paroattn.integrations.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,9 @@ def test_guidance_does_not_advance_the_step(pipe, monkeypatch):
         tiny.latents(pipe, guidance_scale=3.0)
         tiny.latents(pipe, steps=8)
     assert [call[0] for call in calls[:16]] == [step for step in range(4) for _ in range(4)]
-    assert [call[0] for call in calls[16:]] == [step // 2 for step in range(8) for _ in range(2)]
+    calibrated = torch.tensor(tiny.schedule_of())
+    nearest = [int((calibrated - level).abs().argmin()) for level in tiny.schedule_of(8)]
+    assert [call[0] for call in calls[16:]] == [step for step in nearest for _ in range(2)]
 
 
 def test_precision_without_a_plan_is_dense_and_quantised(pipe, full):
@@ -159,12 +167,187 @@ def test_applying_twice_is_refused(pipe, full):
     assert torch.equal(tiny.latents(pipe), full)
 
 
-def test_a_scheduler_replaced_afterwards_is_refused():
+def sparse_plan(pipe, **changes):
+    blocks = block_count(tiny.GRID.tokens, 64)
+    masks = torch.rand(4, 2, 2, blocks, blocks, generator=torch.Generator().manual_seed(5)) < 0.5
+    masks |= torch.eye(blocks, dtype=torch.bool)
+    return tiny.make_plan(pipe, masks, edges=(0.0, 0.25, 0.5, 0.75), **changes)
+
+
+SCHEDULERS = {
+    "deep-copied": copy.deepcopy,
+    "from_config": lambda scheduler: type(scheduler).from_config(scheduler.config),
+    "fresh": lambda scheduler: FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_step_is_that_of_the_call_whatever_happens_to_the_scheduler(name):
     pipe = tiny.tiny_wan()
-    with paroattn.apply(pipe, tiny.make_plan(pipe)):
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-        with pytest.raises(ValueError, match="scheduler was replaced"):
+    with paroattn.apply(pipe, sparse_plan(pipe), strict=True):
+        expected = tiny.latents(pipe)
+        pipe.scheduler = SCHEDULERS[name](pipe.scheduler)
+        assert torch.equal(tiny.latents(pipe), expected)
+        other = WanPipeline.from_pipe(pipe, scheduler=SCHEDULERS[name](pipe.scheduler))
+        assert torch.equal(tiny.latents(other), expected)
+        assert torch.equal(tiny.latents(pipe), expected)
+
+
+def test_a_plan_can_be_applied_between_two_steps(pipe):
+    plan, handles = sparse_plan(pipe), []
+
+    def begin(pipe, step, timestep, kwargs):
+        if step == 1:
+            handles.append(paroattn.apply(pipe, plan, strict=True))
+        return kwargs
+
+    found = tiny.latents(pipe, callback=begin)
+    handles[0].remove()
+    assert handles[0].report().planned == 2 * 2  # layers and steps
+    table = plan.mask_table.clone()
+    table[plan.mask_index[:2].flatten().long()] = 3  # all blocks in the steps before
+    with paroattn.apply(pipe, replace(plan, mask_table=table)):
+        expected = tiny.latents(pipe)
+    assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
+    with paroattn.apply(pipe, plan):
+        assert torch.linalg.norm(found - tiny.latents(pipe)) > 1e-3 * torch.linalg.norm(found)
+
+
+def test_two_requests_in_two_threads_of_one_transformer_of_which_one_is_not_covered():
+    pipe = tiny.tiny_wan()
+    other = WanPipeline.from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
+    dense, found = tiny.latents(pipe, height=48, steps=8), {}
+    with warnings.catch_warnings(), paroattn.apply(pipe, sparse_plan(pipe)) as handle:
+        warnings.simplefilter("ignore")
+        expected = tiny.latents(pipe, steps=8)
+
+        def run(name, pipe, **changes):
+            found[name] = [tiny.latents(pipe, steps=8, **changes) for _ in range(4)]
+
+        threads = [threading.Thread(target=run, args=("wide", pipe))]
+        threads.append(threading.Thread(target=run, args=("narrow", other), kwargs={"height": 48}))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        report = handle.report()
+    assert all(torch.equal(latents, expected) for latents in found["wide"])
+    assert all(torch.equal(latents, dense) for latents in found["narrow"])
+    assert (report.planned, sum(report.dense.values())) == (5 * 8 * 2, 4 * 8 * 2)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_copies_of_an_applied_pipeline_say_what_to_do(copied):
+    pipe = tiny.tiny_wan()
+    with paroattn.apply(pipe, tiny.make_plan(pipe)), pytest.raises(ValueError, match="call remove") as caught:
+        copied(pipe.transformer)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(tiny.latents(copy.deepcopy(pipe)), tiny.latents(pipe))
+
+
+def test_another_transformer_is_noticed_at_the_next_call(full):
+    pipe, other = tiny.tiny_wan(), tiny.tiny_wan()
+    own = pipe.transformer
+    with paroattn.apply(pipe, tiny.make_plan(pipe, precision="int4")):
+        sparse = tiny.latents(pipe)
+        pipe.transformer = other.transformer
+        with pytest.raises(ValueError, match="transformer was replaced after paroattn was applied"):
             tiny.latents(pipe)
+        pipe.transformer = own
+        assert torch.equal(tiny.latents(pipe), sparse)
+    assert type(pipe) is WanPipeline
+    assert torch.equal(tiny.latents(pipe), full)
+
+
+def test_remove_keeps_what_others_changed():
+    """Attributes set on a processor while a plan is applied stay, and so do processors that were put in its place."""
+    pipe = tiny.tiny_wan()
+    first, second = (block.attn1 for block in pipe.transformer.blocks)
+    shared = first.processor
+    second.processor = shared
+    replacement = copy.copy(shared)
+    handle = paroattn.apply(pipe, tiny.make_plan(pipe))
+    first.processor.scale = 0.5
+    second.processor = replacement
+    handle.remove()
+    assert type(first.processor) is type(shared)
+    assert first.processor.scale == 0.5
+    assert not hasattr(shared, "scale")
+    assert second.processor is replacement
+
+
+def test_apply_changes_all_or_nothing(monkeypatch):
+    pipe = tiny.tiny_wan()
+    processors = dict(pipe.transformer.attn_processors)
+    plan = tiny.make_plan(pipe)
+    monkeypatch.setattr(Pipeline, "hook_before", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        paroattn.apply(pipe, plan)
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in processors.items())
+    assert type(pipe) is WanPipeline
+
+
+def test_the_report_counts_every_call_and_says_why(pipe):
+    with warnings.catch_warnings(), paroattn.apply(pipe, tiny.make_plan(pipe)) as handle:
+        warnings.simplefilter("ignore")
+        tiny.latents(pipe, guidance_scale=3.0)
+        tiny.latents(pipe, height=48)
+    report = handle.report()
+    assert report.planned == 4 * 2 * 2  # steps, guidance, layers
+    ((reason, count),) = report.dense.items()
+    assert count == 4 * 2
+    assert "this request has grid 6x3x5" in reason
+    assert str(report).splitlines()[0] == "16 of 24 attention calls ran as planned"
+
+
+def test_a_path_stands_for_its_plan(pipe, tmp_path):
+    sparse_plan(pipe).save(tmp_path / "plan.safetensors")
+    with paroattn.apply(pipe, sparse_plan(pipe)):
+        expected = tiny.latents(pipe)
+    for path in (tmp_path / "plan.safetensors", str(tmp_path / "plan.safetensors")):
+        with paroattn.apply(pipe, path):
+            assert torch.equal(tiny.latents(pipe), expected)
+    with pytest.raises(ValueError, match="plan is a dict; expected a Plan or the path of a plan file"):
+        paroattn.apply(pipe, {})
+
+
+def test_autocast_reaches_the_operators():
+    pipe = tiny.tiny_wan()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tiny.latents(pipe)
+        with paroattn.apply(pipe, tiny.make_plan(pipe), strict=True) as handle:
+            found = tiny.latents(pipe)
+    assert handle.report().dense == {}
+    assert 0 < torch.linalg.norm((found - expected).float()) < 0.05 * torch.linalg.norm(expected.float())
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: default_dtype(torch.float64)], ids=["inference", "dtype"]
+)
+def test_inference_mode_and_another_default_dtype_change_nothing(pipe, mode):
+    plan = sparse_plan(pipe)
+    with paroattn.apply(pipe, plan):
+        expected = tiny.latents(pipe)
+    with mode():
+        handle = paroattn.apply(pipe, plan)
+    inside = None
+    try:
+        assert torch.equal(tiny.latents(pipe), expected)
+        with torch.inference_mode():
+            inside = tiny.latents(pipe)
+    finally:
+        handle.remove()
+    assert torch.equal(inside, expected)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(

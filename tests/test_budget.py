@@ -36,6 +36,7 @@ def statistics(seed=0, grid=GRID, edges=(0.0, 0.25), layers=2, heads=3, block_q=
         grid=grid,
         order_names=("FHW", "4x4x4"),
         order_index=torch.randint(2, (layers, heads), generator=generator).to(torch.uint8),
+        schedule=tuple(1 - step / 100 for step in range(100)),
         bucket_edges=edges,
         block_q=block_q,
         block_sums=torch.rand(*shape, rows, columns, generator=generator),

@@ -41,7 +41,7 @@ def with_one_head_skipped(pipe, draft, layer, head, step, seed=7):
             return None
         output = call.dense().clone()
         how = {"device": "cpu", "dtype": call.query.dtype, "tensor_layout": "NHD", "scale": call.scale}
-        bucket = torch.tensor(draft.bucket_of(step, tiny.STEPS))
+        bucket = torch.tensor(draft.bucket_of(call.level))
         changed = prepare(draft.layer(layer), **how)(call.query, call.key, call.value, bucket=bucket)[:, :, head]
         found["error"] = float((changed - output[:, :, head]).double().square().sum())
         output[:, :, head] = changed

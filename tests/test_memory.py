@@ -11,13 +11,11 @@ from packaging.version import Version
 from torch import nn
 
 import paroattn
+from paroattn import runner
 from paroattn.block_mask import block_count, text_blocks
-from paroattn.integrations import operators
-from paroattn.integrations.operators import MaskStream
 
 MODEL = tiny_models.COGVIDEOX
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=CUDA)]
 
 
 def relative_error(latents, expected):
@@ -31,14 +29,15 @@ def latents_on(device, pipe, **changes):
 
 
 def dense_plan(pipe):
-    return tiny.make_plan(pipe, grid=MODEL.grid, edges=(0.0, 0.5))
+    return tiny.make_plan(pipe, grid=MODEL.grid, edges=(0.0, 0.5), schedule=(0.9, 0.4))
 
 
 def sparse_plan(pipe, buckets=3):
     generator, blocks = torch.Generator().manual_seed(3), block_count(MODEL.grid.tokens, 64)
     masks = torch.rand(buckets, 2, 2, blocks, blocks, generator=generator) < 0.3
     masks |= torch.eye(blocks, dtype=torch.bool) | text_blocks(MODEL.grid)
-    return tiny.make_plan(pipe, masks, grid=MODEL.grid, edges=tuple(number / buckets for number in range(buckets)))
+    edges = tuple(number / buckets for number in range(buckets))
+    return tiny.make_plan(pipe, masks, grid=MODEL.grid, edges=edges, schedule=tuple(1 - edge for edge in edges))
 
 
 @pytest.fixture
@@ -46,38 +45,25 @@ def pipe():
     return MODEL.pipe()
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_a_stream_shows_each_buckets_masks_at_one_address(pipe, device):
-    plan = sparse_plan(pipe, buckets=4)
-    stream = MaskStream(plan, device)
-    address = stream.current.data_ptr()
-    for bucket in (0, 1, 2, 2, 3, 0, 3, 1):  # in order, repeated, from the start again, out of order
-        stream.show(bucket)
-        expected = plan.mask_table[plan.mask_index[bucket].long()]
-        assert torch.equal(stream.current.cpu(), expected)
-        assert stream.current.data_ptr() == address
-
-
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_streamed_masks_give_what_whole_tables_give(pipe, device, monkeypatch):
-    """On a GPU the masks of one step at a time are there; here the same is done on the CPU, too."""
-    plan = sparse_plan(pipe)
+@CUDA
+def test_a_large_table_stays_in_the_hosts_memory(pipe, monkeypatch):
+    device, plan = torch.device("cuda", 0), sparse_plan(pipe)
     with paroattn.apply(pipe, plan, strict=True):
-        whole = MODEL.latents(pipe, steps=6)
-    original = operators._place
-
-    def streamed(plan, layers, place):
-        stream = MaskStream(plan, place)
-        return operators._Place(
-            operators.streamed_layers(plan, stream, place), original(plan, layers, place).bucket, stream
-        )
-
-    monkeypatch.setattr(operators, "_place", streamed)
+        expected = MODEL.latents(pipe, steps=6)
     pipe.to(device)
-    with paroattn.apply(pipe, plan, strict=True):
-        again = latents_on(device, pipe, steps=6)
-    assert relative_error(again, whole) < (1e-6 if device.type == "cpu" else 1e-3)
-    assert relative_error(latents_on(device, pipe, steps=6), whole) > 1e-3
+    found = []
+    for most in (2**28, 0):
+        monkeypatch.setattr(runner, "MOST_ON_GPU", most)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        table = runner.resident(plan.mask_table, device)
+        assert table.device == device
+        assert torch.equal(table.cpu(), plan.mask_table)
+        assert (torch.cuda.memory_allocated() > before) == (most > 0)
+        with paroattn.apply(pipe, plan, strict=True):
+            found.append(latents_on(device, pipe, steps=6))
+    assert torch.equal(*found)
+    assert relative_error(found[0], expected) < 1e-3
 
 
 def test_one_table_of_masks_serves_all_layers(pipe):
@@ -191,28 +177,28 @@ def test_saving_while_applied_saves_the_model_alone(pipe, tmp_path):
 
 
 @CUDA
-def test_a_captured_graph_follows_the_step():
-    """Addresses stay and nothing is asked of the device: a CUDA graph replays with the masks of the current step."""
+@pytest.mark.parametrize("most", [2**28, 0], ids=["on the device", "in the host's memory"])
+def test_a_captured_graph_follows_the_noise_level(monkeypatch, most):
+    """Nothing is asked of the device: a CUDA graph replays with the masks of the level that is in its input."""
+    monkeypatch.setattr(runner, "MOST_ON_GPU", most)
     device = torch.device("cuda", 0)
-    pipe = MODEL.pipe().to(device)
-    plan = sparse_plan(pipe, buckets=2)
-    own = operators.Operators(plan, [], "triton")
-    ready = own.ready(0, device, torch.bfloat16, None)
+    own = runner.Runner(sparse_plan(MODEL.pipe(), buckets=2), device, backend="triton")
     query, key, value = torch.randn(3, 1, MODEL.grid.tokens, 2, 16, device=device, dtype=torch.bfloat16)
+    level = torch.ones((), device=device)
 
     def call():
-        return ready.operator(query, key, value, bucket=ready.bucket)
+        return own.call(0, query, key, value, bucket=own.bucket(level))
 
     expected = []
-    for bucket in (0, 1):
-        own.show(bucket)
+    for noise in (1.0, 0.0):
+        level.fill_(noise)
         expected.append(call().clone())
     assert not torch.equal(*expected)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = call()
-    for bucket in (0, 1, 0):
-        own.show(bucket)
+    for number in (0, 1, 0):
+        level.fill_(1.0 - number)
         graph.replay()
-        torch.testing.assert_close(output, expected[bucket])
+        torch.testing.assert_close(output, expected[number])

@@ -60,7 +60,7 @@ def test_taking_over_changes_nothing_and_sees_every_layer_and_the_grid(model):
     attachment = Attachment(
         pipe,
         [own_attention(layer) for layer in range(Pipeline(pipe).identity.layers)],
-        lambda grid, hidden_states: grids.append(grid),
+        lambda forward: grids.append(forward.grid),
     )
     assert torch.equal(model.latents(pipe), full)
     attachment.remove()
@@ -89,13 +89,12 @@ def test_every_call_attends_as_its_layers_masks_and_orders_say(model, monkeypatc
     calls = tiny.record_calls(monkeypatch)
     with paroattn.apply(pipe, plan, strict=True) as handle:
         sparse = model.latents(pipe)
-    layer_plans = handle._operators._places[torch.device("cpu")].layers
-    layer_of = {id(layer_plan): layer for layer, layer_plan in enumerate(layer_plans)}
+    layer_of = {id(layer.runner._operator): number for number, layer in enumerate(handle._layers)}
     assert relative_error(sparse, model.latents(pipe)) > 1e-3
     visual = model.grid.visual_tokens // 64
     orders, seen = [plan.order_names[index] for index in plan.order_index.flatten().tolist()], set()
     for _, (query, key, value), output, op, key_mask in calls:
-        layer = layer_of[id(op.layer_plan)]
+        layer = layer_of[id(op)]
         text = query.shape[1] - model.grid.visual_tokens
         seen.add(text)
         grid = paroattn.TokenGrid(
@@ -159,7 +158,10 @@ def compiled_graphs(model, how, applied):
 
     torch._dynamo.reset()
     pipe, counter = model.pipe(), CompileCounter()
-    plan = tiny.make_plan(pipe, half_of_the_blocks(model, pipe, 2), grid=model.grid, edges=(0.0, 0.5))
+    schedule = model.schedule(pipe)
+    plan = tiny.make_plan(
+        pipe, half_of_the_blocks(model, pipe, 2), grid=model.grid, edges=(0.0, 0.5), schedule=schedule
+    )
     for name in ("transformer", "transformer_2"):
         transformer = getattr(pipe, name, None)
         if transformer is None:

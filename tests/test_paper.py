@@ -59,6 +59,7 @@ def statistics(grid, buckets=(0.0, 0.5), layers=2, heads=2):
         grid=grid,
         order_names=("FHW", "WHF"),
         order_index=torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8),
+        schedule=tuple(1 - step / 100 for step in range(100)),
         bucket_edges=buckets,
         block_sums=torch.rand(len(buckets), layers, heads, blocks, blocks, generator=generator),
         usage=torch.ones(len(buckets), layers),

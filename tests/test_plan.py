@@ -14,7 +14,7 @@ import paroattn
 from paroattn import PlanError
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.order import token_order
-from paroattn.plan import Plan
+from paroattn.plan import Plan, first_steps
 
 TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate", "usage")
 
@@ -49,7 +49,17 @@ def test_a_plan_comes_back_as_it_was(plan, path, tmp_path):
     loaded = Plan.load(path)
     for name in TENSORS:
         assert torch.equal(getattr(loaded, name), getattr(plan, name))
-    for name in ("model", "grid", "order_names", "precisions", "bucket_edges", "provenance", "block_q", "block_kv"):
+    for name in (
+        "model",
+        "grid",
+        "order_names",
+        "precisions",
+        "schedule",
+        "bucket_edges",
+        "provenance",
+        "block_q",
+        "block_kv",
+    ):
         assert getattr(loaded, name) == getattr(plan, name)
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
@@ -145,6 +155,10 @@ def test_inconsistent_parts_are_named(plan):
         "bits beyond its 2 kv blocks": {"mask_table": plan.mask_table | 128},
         "bucket_edges are": {"bucket_edges": (0.0, 1.0)},
         "bucket_edges are .*0.1": {"bucket_edges": (0.1, 0.5)},
+        "schedule is .*expected noise levels from 1 down to 0": {"schedule": (0.5, 1.0)},
+        r"schedule is \[\]": {"schedule": ()},
+        "schedule is .*nan": {"schedule": (float("nan"),)},
+        "a schedule of 2 steps each has to be one at which the noise level falls": {"schedule": (0.5, 0.5)},
         "token order 'ABC' is unknown": {"order_names": ("ABC",) * 6},
         "blocks are 32 x 64": {"block_q": 32},
         "touches text tokens": {"grid": replace(tiny.GRID, frames=5, text_tokens=20)},
@@ -154,12 +168,16 @@ def test_inconsistent_parts_are_named(plan):
             replace(plan, **changes)
 
 
-def test_buckets_are_fractions_of_any_schedule(plan):
-    thirds = replace(plan, bucket_edges=(0.0, 1 / 3))
-    assert [thirds.bucket_of(step, 3) for step in range(3)] == [0, 1, 1]
-    assert [thirds.bucket_of(step, 6) for step in range(6)] == [0, 0, 1, 1, 1, 1]
-    assert [plan.bucket_of(step, 5) for step in range(5)] == [0, 0, 1, 1, 1]
-    assert plan.bucket_of(0, 1) == 0
+def test_a_bucket_begins_half_way_before_its_first_step(plan):
+    thirds = replace(plan, schedule=(1.0, 0.8, 0.2), bucket_edges=(0.0, 1 / 3))
+    assert thirds.bucket_levels == (0.9,)
+    assert [thirds.bucket_of(level) for level in (1.0, 0.91, 0.9, 0.8, 0.5, 0.0)] == [0, 0, 1, 1, 1, 1]
+    for steps in range(1, 101):
+        edges = tuple(step / steps for step in range(steps))
+        assert first_steps(edges, steps) == list(range(steps))
+
+
+def test_steps_of_edges():
     for steps in range(1, 101):
         edges = tuple(step / steps for step in range(steps))
         assert [paroattn.plan.bucket_of(edges, step, steps) for step in range(steps)] == list(range(steps))

@@ -20,6 +20,7 @@ def make_plan(**changes):
         "order_index": torch.tensor([[0, 1]], dtype=torch.uint8),
         "precisions": (Precision("int8", "int8"),),
         "precision_index": torch.zeros(1, 2, dtype=torch.uint8),
+        "schedule": (1.0, 0.5),
         "bucket_edges": (0.0, 0.5),
         "mask_table": torch.tensor([[[1], [2]], [[3], [3]]], dtype=torch.uint8),
         "mask_index": torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.int32),
@@ -39,6 +40,7 @@ def forge(path, change=lambda header, tensors: None):
         "grid": {"frames": 2, "height": 8, "width": 8, "text_tokens": 0, "text_position": "suffix"},
         "order_names": list(plan.order_names),
         "precisions": ["int8"],
+        "schedule": [1.0, 0.5],
         "bucket_edges": [0.0, 0.5],
         "block_q": 64,
         "block_kv": 64,
@@ -62,7 +64,9 @@ def test_the_forger_without_changes_writes_a_good_plan(tmp_path):
     assert Plan.load(tmp_path / "plan").density() == make_plan().density() == 0.5 * 0.75 + 0.5
 
 
-@pytest.mark.parametrize("key", ["model", "grid", "order_names", "precisions", "bucket_edges", "block_q", "provenance"])
+@pytest.mark.parametrize(
+    "key", ["model", "grid", "order_names", "precisions", "schedule", "bucket_edges", "block_q", "provenance"]
+)
 def test_a_header_without_one_of_its_keys(tmp_path, key):
     forge(tmp_path / "plan", lambda header, tensors: header.pop(key))
     assert key in refused(tmp_path / "plan")
@@ -79,6 +83,7 @@ HEADERS = {
     "order_names": [[], None, "FHW", [1, 2], ["FHW", "XYZ"]],
     "precisions": [[], ["int3"], None, [7]],
     "bucket_edges": [[0.5, 0.0], [0.0, 0.0], [0.0, 1.0], [0.1, 0.5], [0.0], None, ["0", "1"]],
+    "schedule": [[], [1.0], [0.5, 1.0], [2.0, 1.0], [0.5, -0.5], [0.5, 0.5], None, ["1", "0"], "10", 1.0],
     "block_q": [32, 0, "64", None],
     "block_kv": [128],
     "version": [None, 2, "0"],

@@ -64,7 +64,7 @@ def test_tokens_beyond_the_grid_and_other_shapes_run_dense_or_raise(name):
     assert torch.equal(applied, full)
     with (
         paroattn.apply(pipe, plan, strict=True),
-        pytest.raises(paroattn.PlanError, match="Calibrate for that grid") as caught,
+        pytest.raises(paroattn.PlanError, match="Calibrate for such requests") as caught,
     ):
         run()
     assert "\n" not in str(caught.value)

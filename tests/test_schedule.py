@@ -1,4 +1,4 @@
-"""Which denoising step it is, under schedulers and pipelines of all kinds."""
+"""Noise levels, steps and step buckets, under schedulers and pipelines of all kinds."""
 
 import diffusers
 import pytest
@@ -7,37 +7,35 @@ import tiny_models
 import torch
 
 import paroattn
-from paroattn.integrations.pipeline import Pipeline
+from paroattn.integrations.descriptors import DESCRIPTORS
 from paroattn.integrations.schedule import Schedule
 
 
 def steps_seen(pipe, generate):
-    """(step of the schedule, position of the transformer's timestep in the scheduler's list) at every forward call."""
-    seen = []
-    schedule = Schedule(pipe.scheduler, lambda _: None)
+    """(step, noise level, steps) at every forward call; the levels have to be those that the transformer was given."""
+    seen, given = [], []
 
-    def look(module, args, kwargs):
-        schedule.observe(kwargs["timestep"])
-        timesteps = pipe.scheduler.timesteps
-        value = float(kwargs["timestep"].max())
-        value = min((value, value * 1000), key=lambda item: float((timesteps - item).abs().min()))
-        seen.append((schedule.step, (timesteps - value).abs() == (timesteps - value).abs().min()))
+    def look(forward):
+        seen.append(now[0])
+        given.append(float(forward.descriptor.level(forward.timestep)))
 
-    transformers = Pipeline(pipe).transformers
-    hooks = [transformer.register_forward_pre_hook(look, with_kwargs=True) for transformer in transformers]
-    try:
+    now = [None]
+
+    def follow(schedule):
+        now[0] = (schedule.step, schedule.level, schedule.num_steps)
+
+    with paroattn.observe(pipe, lambda call: None, on_forward=look, on_step=follow):
         generate()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        schedule.remove()
+    assert [level for _, level, _ in seen] == pytest.approx(given, abs=1e-6)
     return seen
 
 
-def check(seen, first=0):
-    """Every step's timestep is one of the nearest in the list (second-order schedulers have each twice)."""
-    assert seen[0][0] == first
-    assert all(bool(places[step]) for step, places in seen)
+def check(seen, steps):
+    """Steps count up from 0, and are known to be so many from the first call on."""
+    assert sorted({step for step, _, _ in seen}) == list(range(steps))
+    assert [step for step, _, _ in seen] == sorted(step for step, _, _ in seen)
+    assert {count for _, _, count in seen} == {steps}
+    assert [level for _, level, _ in seen] == sorted((level for _, level, _ in seen), reverse=True)
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -56,7 +54,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shi
     ids=lambda scheduler: type(scheduler).__name__,
 )
 @pytest.mark.parametrize("steps", [3, 7])
-def test_the_step_is_the_place_in_the_schedulers_timesteps(scheduler, steps):
+def test_the_steps_are_those_of_the_schedulers_timesteps(scheduler, steps):
     pipe = tiny.tiny_wan()
     pipe.scheduler = scheduler
     # Not every scheduler has what WanPipeline asks of it; diffusers users set these on the instance, too.
@@ -65,8 +63,7 @@ def test_the_step_is_the_place_in_the_schedulers_timesteps(scheduler, steps):
     if not hasattr(scheduler, "sigmas"):
         scheduler.sigmas = torch.zeros(1000)
     seen = steps_seen(pipe, lambda: tiny.latents(pipe, steps=steps))
-    assert [step for step, _ in seen] == list(range(len(scheduler.timesteps)))
-    check(seen)
+    check(seen, len(scheduler.timesteps.unique()))
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -77,14 +74,14 @@ def test_image_to_image_begins_where_its_strength_says(strength):
     arguments = {**text.arguments(), "image": torch.rand(1, 3, 20, 28), "num_inference_steps": 6}
     arguments |= {"strength": strength, "output_type": "latent"}
     seen = steps_seen(pipe, lambda: pipe(**arguments))
-    check(seen, first=round(6 * (1 - strength)))
+    check(seen, round(6 * strength))
 
 
 @pytest.mark.parametrize(
     "scheduler", [diffusers.CogVideoXDDIMScheduler, diffusers.CogVideoXDPMScheduler], ids=lambda kind: kind.__name__
 )
-def test_video_to_video_that_does_not_tell_its_scheduler_is_observed(scheduler):
-    """CogVideoX's schedulers know no step index: the first call's timestep tells where the schedule begins."""
+def test_video_to_video_begins_where_its_strength_says(scheduler):
+    """CogVideoX's schedulers know no step index."""
     pipe = diffusers.CogVideoXVideoToVideoPipeline(**tiny_models.COGVIDEOX.pipe().components)
     pipe.scheduler = scheduler()
     pipe.set_progress_bar_config(disable=True)
@@ -92,8 +89,7 @@ def test_video_to_video_that_does_not_tell_its_scheduler_is_observed(scheduler):
     video = torch.rand(1, arguments.pop("num_frames"), 3, arguments["height"], arguments["width"])
     arguments |= {"video": video, "strength": 0.5, "num_inference_steps": 6, "output_type": "latent"}
     seen = steps_seen(pipe, lambda: pipe(**arguments))
-    check(seen, first=3)
-    assert [step for step, _ in seen] == [3, 4, 5]
+    check(seen, 3)
 
 
 def pyramid_broadcast(pipe):
@@ -152,3 +148,41 @@ def test_a_generation_that_was_broken_off_does_not_shift_the_next(monkeypatch):
         calls.clear()
         tiny.latents(pipe, steps=4)
     assert [call[0] for call in calls] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_steps_are_followed_where_the_scheduler_has_other_timesteps():
+    """A pipeline of one's own: levels are then known as they come."""
+    descriptor, schedule, scheduler = DESCRIPTORS["WanTransformer3DModel"], Schedule(), tiny.tiny_wan().scheduler
+    scheduler.set_timesteps(4)
+    moved = [schedule.follow(descriptor, timestep, scheduler) for timestep in (777.0, 777.0, 555.0, 777.0)]
+    assert moved == [True, False, True, True]
+    assert schedule.levels == pytest.approx((0.777,))
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8, 50])
+def test_a_call_has_the_bucket_of_the_nearest_calibrated_step(steps):
+    plan = tiny.make_plan(tiny.tiny_wan(), edges=(0.0, 0.25, 0.5, 0.75))
+    calibrated = torch.tensor(plan.schedule)
+    for level in tiny.schedule_of(steps):
+        assert plan.bucket_of(level) == int((calibrated - level).abs().argmin())
+
+
+@pytest.mark.parametrize(
+    ("name", "timestep", "level"),
+    [
+        ("WanTransformer3DModel", torch.tensor([500, 500]), 0.5),
+        (
+            "WanTransformer3DModel",
+            torch.tensor([[0.0, 250.0, 250.0]]),
+            0.25,
+        ),  # the first frame is given
+        ("FluxTransformer2DModel", torch.tensor([0.5]), 0.5),
+        ("QwenImageTransformer2DModel", torch.tensor([0.75], dtype=torch.bfloat16), 0.75),
+        ("MochiTransformer3DModel", torch.tensor([100.0]), 0.9),
+        ("CogVideoXTransformer3DModel", torch.tensor(999), 0.999),
+    ],
+)
+def test_noise_levels_of_models(name, timestep, level):
+    descriptor = DESCRIPTORS[name]
+    assert float(descriptor.level(timestep)) == pytest.approx(level)
+    assert descriptor.timestep(level) == pytest.approx(float(timestep.max()))

@@ -12,7 +12,9 @@ import paroattn
 from paroattn.errors import MissingPartError, require
 
 SOURCE = Path(paroattn.__file__).parent
-COLUMN = "errors files grid block_mask order quantize plan plan_facts ops integrations calibration cli".split()  # noqa: SIM905
+COLUMN = (
+    "errors files grid block_mask order quantize plan plan_facts ops runner integrations calibration cli".split()  # noqa: SIM905
+)
 
 
 def module_name(path):
@@ -54,7 +56,7 @@ def test_the_operator_needs_torch_numpy_and_safetensors_only():
 import sys
 absent = "diffusers transformers accelerate click rich PIL imageio packaging matplotlib jinja2 torchmetrics tqdm"
 sys.modules.update(dict.fromkeys(absent.split()))
-import torch, paroattn
+import torch, paroattn, paroattn.runner
 q = torch.randn(1, 2, 100, 16)
 assert paroattn.attention(q, q, q, precision="int8").shape == q.shape
 """

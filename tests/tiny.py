@@ -97,8 +97,18 @@ def latents(pipe, **changes):
     return pipe(**call_arguments(seed=7, **changes)).frames
 
 
-def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", **identity_changes):
-    """Another order for each head; masks bool [buckets, layers, heads, blocks, blocks], default all true."""
+def schedule_of(steps=STEPS, shift=3.0):
+    """Noise levels of the tiny Wan's scheduler."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    return tuple((scheduler.timesteps / 1000).tolist())
+
+
+def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", schedule=None, **identity_changes):
+    """Another order for each head; masks bool [buckets, layers, heads, blocks, blocks], default all true.
+
+    The schedule is by default that of `STEPS` steps of the tiny Wan.
+    """
     identity = Pipeline(pipe).identity
     layers, heads, blocks = identity.layers, identity.heads, block_count(grid.tokens, 64)
     if masks is None:
@@ -110,6 +120,7 @@ def make_plan(pipe, masks=None, grid=GRID, edges=(0.0,), precision="exact", **id
         order_index=torch.arange(1, 1 + layers * heads, dtype=torch.uint8).view(layers, heads) % 6,
         precisions=(Precision.parse(precision),),
         precision_index=torch.zeros(layers, heads, dtype=torch.uint8),
+        schedule=schedule_of() if schedule is None else schedule,
         bucket_edges=edges,
         mask_table=pack_bits(masks).flatten(0, 2),
         mask_index=torch.arange(len(edges) * layers * heads, dtype=torch.int32).view(len(edges), layers, heads),

@@ -13,6 +13,7 @@ import diffusers
 import PIL.Image
 import torch
 
+import paroattn
 from paroattn import TokenGrid
 
 STEPS = 3
@@ -45,6 +46,13 @@ class TinyModel:
         generator = torch.Generator().manual_seed(seed)
         call = {**self.call(steps), "generator": generator, **changes}
         return pipe(**call)[0]
+
+    def schedule(self, pipe, **changes):
+        """Noise levels of a generation."""
+        levels = []
+        with paroattn.observe(pipe, lambda call: None, on_step=lambda schedule: levels.append(schedule.level)):
+            self.latents(pipe, **changes)
+        return tuple(levels)
 
     def call(self, steps=STEPS):
         return {**self.arguments(), "num_inference_steps": steps, "output_type": "latent"}
@@ -322,7 +330,11 @@ def _mochi():
         layers_per_block=(1, 1, 1, 1, 1),
     )
     return diffusers.MochiPipeline(
-        scheduler=_flow(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
     )
 
 

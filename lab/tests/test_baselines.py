@@ -45,6 +45,7 @@ def statistics(grid, order="FHW", sums=None, layers=2, heads=3):
         grid=grid,
         order_names=(order,),
         order_index=torch.zeros(sums.shape[1:3], dtype=torch.uint8),
+        schedule=tuple(1 - step / 100 for step in range(100)),
         bucket_edges=EDGES,
         block_sums=sums,
         usage=torch.ones(sums.shape[:2]),

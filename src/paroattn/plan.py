@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,8 @@ class Plan:
         order_index: uint8 [layers, heads] into order_names.
         precisions: distinct precisions used.
         precision_index: uint8 [layers, heads] into precisions.
+        schedule: noise level of every step that calibration ran, descending. A noise level is a timestep as a share
+            of the training timesteps: 1 is pure noise, 0 none; of flow models it is sigma.
         bucket_edges: where each step bucket starts, as a fraction of the schedule; ascending from 0.
         mask_table: uint8 [unique masks, q blocks, ceil(kv blocks / 8)], see `paroattn.block_mask.pack_bits`.
         mask_index: int32 [step buckets, layers, heads] into mask_table.
@@ -122,6 +126,7 @@ class Plan:
     order_index: Tensor
     precisions: tuple[Precision, ...]
     precision_index: Tensor
+    schedule: tuple[float, ...]
     bucket_edges: tuple[float, ...]
     mask_table: Tensor
     mask_index: Tensor
@@ -153,9 +158,18 @@ class Plan:
         calls = bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage
         return float((self.densities(visual_only=visual_only).mean(2) * calls).sum() / calls.sum())
 
-    def bucket_of(self, step: int, num_steps: int) -> int:
-        """Step bucket of denoising step `step` (from 0) in a schedule of `num_steps` steps."""
-        return bucket_of(self.bucket_edges, step, num_steps)
+    @property
+    def bucket_levels(self) -> tuple[float, ...]:
+        """The noise level from which on downwards each step bucket but the first is in force, descending.
+
+        It lies half way between the calibrated steps around it, so that schedules with other steps agree.
+        """
+        starts = first_steps(self.bucket_edges, len(self.schedule))[1:]
+        return tuple((self.schedule[start - 1] + self.schedule[start]) / 2 for start in starts)
+
+    def bucket_of(self, level: float) -> int:
+        """Step bucket of a call at a noise level."""
+        return sum(level <= start for start in self.bucket_levels)
 
     def layer(self, index: int) -> LayerPlan:
         """The part of layer `index`; the tables of orders and masks are shared by all layers."""
@@ -193,6 +207,7 @@ class Plan:
             "grid": asdict(self.grid),
             "order_names": self.order_names,
             "precisions": [str(precision) for precision in self.precisions],
+            "schedule": self.schedule,
             "bucket_edges": self.bucket_edges,
             "block_q": self.block_q,
             "block_kv": self.block_kv,
@@ -253,6 +268,11 @@ def bucket_of(edges: tuple[float, ...], step: int, num_steps: int) -> int:
     return max(index for index, edge in enumerate(edges) if edge <= fraction)
 
 
+def first_steps(edges: tuple[float, ...], num_steps: int) -> list[int]:
+    """The first step of each bucket in a schedule of `num_steps` steps."""
+    return [math.ceil(edge * num_steps - 1e-6) for edge in edges]
+
+
 def bucket_lengths(edges: tuple[float, ...]) -> Tensor:
     """Share of the schedule in each step bucket, float64 [buckets]."""
     return torch.tensor([*edges, 1.0], dtype=torch.float64).diff()
@@ -287,6 +307,7 @@ def _from_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
             grid=TokenGrid(**header["grid"]),
             order_names=tuple(header["order_names"]),
             precisions=tuple(Precision.parse(name) for name in header["precisions"]),
+            schedule=tuple(header["schedule"]),
             bucket_edges=tuple(header["bucket_edges"]),
             block_q=header["block_q"],
             block_kv=header["block_kv"],
@@ -306,6 +327,7 @@ def _validate(plan: Plan) -> None:
     edges = plan.bucket_edges
     if not edges or edges[0] != 0 or not all(a < b for a, b in zip(edges, (*edges[1:], 1.0), strict=True)):
         raise PlanError(f"bucket_edges are {list(edges)}; expected an ascending list from 0 to below 1")
+    _validate_schedule(plan)
     if plan.block_q not in (64, 128) or plan.block_kv != 64:
         raise PlanError(f"blocks are {plan.block_q} x {plan.block_kv}; expected 64 x 64 or 128 x 64")
     rows = block_count(plan.grid.tokens, plan.block_q)
@@ -338,6 +360,18 @@ def _validate(plan: Plan) -> None:
         except ValueError as error:
             raise PlanError(str(error)) from error
     _validate_masks(plan, columns)
+
+
+def _validate_schedule(plan: Plan) -> None:
+    levels = plan.schedule
+    if not levels or not all(0 <= level <= 1 for level in levels) or any(a < b for a, b in pairwise(levels)):
+        raise PlanError(f"schedule is {list(levels)}; expected noise levels from 1 down to 0")
+    starts = first_steps(plan.bucket_edges, len(levels))
+    if starts[-1] >= len(levels) or any(levels[start - 1] == levels[start] for start in starts[1:]):
+        raise PlanError(
+            f"bucket_edges are {list(plan.bucket_edges)}; in a schedule of {len(levels)} steps each has to be one at "
+            "which the noise level falls"
+        )
 
 
 def _validate_masks(plan: Plan, columns: int) -> None:

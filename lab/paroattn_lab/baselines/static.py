@@ -87,6 +87,7 @@ def static_baseline(
         grid=grid,
         order_names=order_names,
         order_index=order_index,
+        schedule=statistics.schedule,
         bucket_edges=statistics.bucket_edges,
         usage=statistics.usage,
         provenance=provenance,

@@ -192,6 +192,7 @@ def _paper_with_budget(measured: Measured, density: float) -> Plan:
         grid=source.grid,
         order_names=source.order_names,
         order_index=source.order_index,
+        schedule=measured.costs.schedule,
         bucket_edges=edges,
         usage=measured.costs.usage,
         provenance={**source.provenance, "density": density},

@@ -23,12 +23,12 @@ from paroattn.calibration.statistics import block_areas
 from paroattn.cli.models import GenerativeModel
 from paroattn.integrations.clock import now
 from paroattn.integrations.observe import ObservedCall, observe
-from paroattn.integrations.operators import Operators
 from paroattn.integrations.schedule import Schedule
 from paroattn.ops import cpu
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.inputs import CallKind
 from paroattn.plan import Plan
+from paroattn.runner import Runner
 from paroattn_lab.quality.pairs import Pair
 
 MAP_SIDE = 64
@@ -108,8 +108,6 @@ def study_heads(
         def follow(schedule: Schedule) -> None:
             bar.total = schedule.num_steps
             bar.update(schedule.step - bar.n)
-            for own in looks.values():
-                own.show(schedule)
 
         def look(call: ObservedCall) -> Tensor:
             reference, seconds = _timed(call.dense, call.query.device)
@@ -164,25 +162,25 @@ class _Look:
         self._plan = plan
         self._backend = backend
         self._used = ""
-        self._operators = Operators(plan, [], backend)
+        self._runner: Runner | None = None
         self._changes = torch.zeros(plan.mask_index.shape, dtype=torch.float64)
         self._norms = torch.zeros_like(self._changes)
         self._seconds = self._full_seconds = 0.0
         self._prologues: list[float] = []
 
-    def show(self, schedule: Schedule) -> None:
-        self._bucket = self._plan.bucket_of(schedule.step, schedule.num_steps)
-        self._operators.show(self._bucket)
-
     def compare(self, call: ObservedCall, reference: Tensor, full_seconds: float) -> None:
         """Compute the call as the plan says and add up its time and its difference from the reference."""
-        ready = self._operators.ready(call.layer, call.query.device, call.query.dtype, call.scale)
-        if not self._used:
+        device = call.query.device
+        if self._runner is None:
+            self._runner = Runner(self._plan, device, backend=self._backend)
             block_shape = (self._plan.block_q, self._plan.block_kv)
-            kind = CallKind(self._plan.precisions, call.query.device, call.query.dtype, block_shape)
+            kind = CallKind(self._plan.precisions, device, call.query.dtype, block_shape)
             self._used = choose_backend(self._backend, kind).describe()
+        bucket, runner = self._plan.bucket_of(call.level), self._runner
+        operator = runner.layers[call.layer].make_ready(call.query.dtype, call.scale)
+        settings: dict[str, Any] = {"bucket": runner.bucket(call.level), "key_mask": call.key_mask}
         with cpu.prologue_times() as prologues:
-            output, seconds = _timed(lambda: ready.run(call), call.query.device)
+            output, seconds = _timed(lambda: operator(call.query, call.key, call.value, **settings), device)
         self._prologues += prologues
         self._seconds += seconds
         self._full_seconds += full_seconds
@@ -191,8 +189,8 @@ class _Look:
             ((x.float() * exists).square().sum((0, 1, 3), dtype=torch.float64)).cpu()
             for x in (output - reference, reference)
         )
-        self._changes[self._bucket, call.layer] += change
-        self._norms[self._bucket, call.layer] += norm
+        self._changes[bucket, call.layer] += change
+        self._norms[bucket, call.layer] += norm
 
     def result(self) -> PlanStudy:
         errors = (self._changes / self._norms).sqrt()  # 0 / 0 is NaN: never called
@@ -215,10 +213,12 @@ class _Maps:
         side = min(self._blocks, MAP_SIDE)
         self._sums = torch.zeros(2, *plan.mask_index.shape, side, side)
         self._samples = torch.zeros(plan.mask_index.shape[:2])
+        self._step_of: dict[int, int] = {}
 
     def add(self, call: ObservedCall) -> None:
-        plan, bucket = self._plan, self._plan.bucket_of(call.step, call.num_steps)
-        if call.step and plan.bucket_of(call.step - 1, call.num_steps) == bucket:
+        plan, bucket = self._plan, self._plan.bucket_of(call.level)
+        step = self._step_of.setdefault(bucket, call.step)
+        if call.step != step:
             return  # the first step stands for its bucket
         side, block_sums = self._sums.shape[-1], calibration_kernels(call.query.device).block_sums
         for sample in call.samples():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,6 @@ OWN = "own attention"
 _SDPA_KERNELS = {"sdpa flash": "FLASH_ATTENTION", "sdpa cudnn": "CUDNN_ATTENTION"}
 # Largest relative L2 difference of a step's output with all blocks computed, to the model's own attention.
 _DIFFERENCE_LIMITS = {"exact": 1e-3, "bf16": 0.05, "int8": 0.1, "int4": 0.8, "fp8": 0.1}
-_STEPS = 1000  # of the schedule in which a plan's step bucket is looked for
 
 
 @dataclass(frozen=True)
@@ -152,11 +150,17 @@ def _check(subject: Subject, own: Tensor, whole: Plan, backend: str) -> None:
 
 
 def _planned(subject: Subject, plan: Plan, own: Tensor, backend: str) -> _Contender:
-    twin, bucket = subject.twin(), _typical_bucket(plan)
+    bucket, twin = _typical_bucket(plan), subject.twin()
+    if plan.buckets > 1:
+        twin = twin.at(level_in(plan, bucket))
+        own = twin.step()
     apply(twin.pipe, plan, strict=True, backend=backend)
-    twin.pipe.scheduler.set_timesteps(_STEPS)
-    twin.pipe.scheduler.set_begin_index(math.ceil(plan.bucket_edges[bucket] * _STEPS - 1e-6))
     return _Contender("paroattn", twin, plan, bucket, _difference(twin.step(), own))
+
+
+def level_in(plan: Plan, bucket: int) -> float:
+    """The noise level of a step bucket's first step."""
+    return next(level for level in plan.schedule if plan.bucket_of(level) == bucket)
 
 
 def _typical_bucket(plan: Plan) -> int:
@@ -180,7 +184,7 @@ def _sdpa_contender(subject: Subject, own: Tensor, method: str, kernel: str) -> 
 
 
 def _attach(twin: Subject, intercept: Any) -> None:
-    Attachment(twin.pipe, [intercept] * Pipeline(twin.pipe).identity.layers)
+    Attachment(twin.pipe, [intercept] * Pipeline(twin.pipe).identity.layers, lambda forward: None)
 
 
 def _own(call: AttentionCall) -> Tensor:

@@ -60,6 +60,7 @@ def random_plan(
         order_index=torch.randint(len(names), (layers, heads), generator=generator, dtype=torch.uint8),
         precisions=(Precision.parse(precision),),
         precision_index=torch.zeros(layers, heads, dtype=torch.uint8),
+        schedule=(1.0,),
         bucket_edges=(0.0,),
         mask_table=masks,
         mask_index=(places % heads).int().unsqueeze(0),

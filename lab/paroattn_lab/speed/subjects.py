@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +66,12 @@ class Subject:
         shared = (tensor for item in transformers for tensor in (*item.parameters(), *item.buffers()))
         copies = copy.deepcopy(transformers, {id(tensor): tensor for tensor in shared})
         return Subject(self.name, pipeline_of(copies), self.arguments, self.weights, self.layers)
+
+    def at(self, level: float) -> Subject:
+        """The same at another noise level."""
+        timestep = self.arguments["timestep"]
+        changed = torch.full_like(timestep, describe(self.transformer).timestep(level))
+        return replace(self, arguments={**self.arguments, "timestep": changed})
 
     def step(self) -> Tensor:
         """Run the transformer once."""

@@ -32,6 +32,7 @@ class CostStatistics:
     Attributes:
         model, grid: what it was measured on.
         order_names: distinct orders; order_index uint8 [layers, heads]: the order chosen for each head.
+        schedule: noise level of each step, descending.
         bucket_edges: start of each step bucket, fractions of the schedule.
         block_q: queries per block.
         block_sums: of P, [buckets, layers, heads, q blocks, kv blocks], or None where they were not asked for.
@@ -49,6 +50,7 @@ class CostStatistics:
     grid: TokenGrid
     order_names: tuple[str, ...]
     order_index: Tensor
+    schedule: tuple[float, ...]
     bucket_edges: tuple[float, ...]
     block_q: int
     block_sums: Tensor | None
@@ -159,6 +161,7 @@ def select_by_cost(
         grid=statistics.grid,
         order_names=statistics.order_names,
         order_index=statistics.order_index,
+        schedule=statistics.schedule,
         bucket_edges=statistics.bucket_edges,
         usage=statistics.usage,
         block_q=statistics.block_q,

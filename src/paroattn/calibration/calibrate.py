@@ -23,12 +23,15 @@ from paroattn.calibration.run import (
     Prompt,
     calibration_checkpoint,
     calibration_kernels,
+    check_orders,
     spread,
 )
 from paroattn.calibration.sensitivity import measure_effects
 from paroattn.errors import InputError
 from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
+from paroattn.ops.backend import choose_backend
+from paroattn.ops.inputs import CallKind
 from paroattn.order import candidate_orders
 from paroattn.plan import Plan, bucket_of
 from paroattn.quantize import Precision
@@ -98,6 +101,7 @@ def calibrate(
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
     density, goal, parsed = check_choice(density, target_psnr, target_speed_up, precision)
+    check_precision(pipe, parsed)
     selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers)
     costs = collect_costs(
         pipe,
@@ -145,6 +149,14 @@ def check_choice(
     return density, goal, Precision.parse(precision)
 
 
+def check_precision(pipe: Any, precision: Precision) -> None:
+    """Raise `InputError` for a precision that no backend has where the pipeline is, before anything is measured."""
+    device, dtype = Pipeline(pipe).place
+    if device.type != "meta":
+        choose_backend("auto", CallKind([precision], device, dtype))
+
+
+@torch.inference_mode(False)  # effects are measured with gradients, wherever this is called
 def collect_costs(
     pipe: Any,
     prompts: Sequence[Prompt],
@@ -172,6 +184,7 @@ def collect_costs(
     """
     if block_q not in (BLOCK, 2 * BLOCK):
         raise InputError(f"block_q is {block_q!r}; expected 64 or 128")
+    check_orders(order_names)
     if step_buckets < 1:
         raise InputError(f"step_buckets is {step_buckets}; expected at least 1")
     arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
@@ -199,6 +212,7 @@ def collect_costs(
         grid=run.grid,
         order_names=names,
         order_index=chosen,
+        schedule=run.schedule,
         bucket_edges=edges,
         block_q=block_q,
         block_sums=mean_block_sums,

@@ -107,8 +107,8 @@ class BlockSums(Accumulator):
         self._visual = (..., *visual_blocks(grid))
         self._choices = choices
         self._kernels_for = kernels_for
-        self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks)
-        self._samples = torch.zeros(buckets, layers)
+        self._sums = torch.zeros(len(choices), buckets, layers, heads, blocks, blocks, dtype=torch.float32)
+        self._samples = torch.zeros(buckets, layers, dtype=torch.float32)
 
     def add(self, bucket: int, call: ObservedCall) -> None:
         """Take one attention call."""
@@ -193,7 +193,7 @@ class StepChange(Accumulator):
 
     def add(self, call: ObservedCall) -> None:
         """Take one attention call."""
-        sums = self._sums.setdefault(call.step, torch.zeros(self._shape))
+        sums = self._sums.setdefault(call.step, torch.zeros(self._shape, dtype=torch.float32))
         self._calls.setdefault(call.step, set()).add(call.layer)
         for sample in call.samples():
             order = torch.arange(sample.grid.tokens)
@@ -263,11 +263,11 @@ class BlockCosts(Accumulator):
         self._visual = (..., *visual_blocks(grid, block_q))
         self._block_q = block_q
         self._kernels_for = kernels_for
-        self._block_sums = torch.zeros(blocks) if block_sums else None
+        self._block_sums = torch.zeros(blocks, dtype=torch.float32) if block_sums else None
         self._costs = torch.zeros(2, *blocks, dtype=torch.bfloat16)
         self._errors = torch.zeros(2, *heads, len(LEVELS), dtype=torch.float64)
         self._norms = torch.zeros(heads, dtype=torch.float64)
-        self._samples = torch.zeros(heads[:2])
+        self._samples = torch.zeros(heads[:2], dtype=torch.float32)
 
     def add(self, bucket: int, call: ObservedCall) -> None:
         """Take one attention call."""

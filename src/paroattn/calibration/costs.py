@@ -115,7 +115,7 @@ def block_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     tokens = k.shape[-2]
     blocks = block_count(tokens, BLOCK)
-    count = torch.full((blocks, 1), float(BLOCK), device=k.device)
+    count = torch.full((blocks, 1), float(BLOCK), device=k.device, dtype=torch.float32)
     count[-1] = tokens - BLOCK * (blocks - 1)
     sums = (pad(x, (0, 0, 0, blocks * BLOCK - tokens)).unflatten(-2, (blocks, BLOCK)).sum(-2) for x in (k, v))
     mean_k, mean_v = (total / count for total in sums)

@@ -21,6 +21,7 @@ from paroattn.calibration.run import (
     Prompt,
     calibration_checkpoint,
     calibration_kernels,
+    check_orders,
     spread,
 )
 from paroattn.calibration.statistics import OrderCriterion
@@ -81,6 +82,7 @@ class CalibrationStatistics:
     Attributes:
         model, grid: what it was measured on.
         order_names: candidate orders; order_index uint8 [layers, heads]: the order chosen for each head.
+        schedule: noise level of each step, descending.
         bucket_edges: start of each step bucket, fractions of the schedule.
         block_sums: mean block sums of P [buckets, layers, heads, q blocks, kv blocks] in those orders.
         usage: share of each bucket's steps in which a layer is called, float32 [buckets, layers].
@@ -91,6 +93,7 @@ class CalibrationStatistics:
     grid: TokenGrid
     order_names: tuple[str, ...]
     order_index: Tensor
+    schedule: tuple[float, ...]
     bucket_edges: tuple[float, ...]
     block_sums: Tensor
     usage: Tensor
@@ -120,6 +123,7 @@ def collect_block_sums(
     Returns:
         Statistics in the chosen orders, then in each of the fixed ones.
     """
+    check_orders(order_names)
     arguments = {"step_buckets": step_buckets, "criterion": asdict(criterion), "order_names": order_names}
     arguments["fixed_orders"] = fixed_orders
     checkpoint = calibration_checkpoint(work_dir, Pipeline(pipe), "paper", prompts, seed, call_arguments, arguments)
@@ -163,6 +167,7 @@ def collect_block_sums(
             grid=run.grid,
             order_names=names,
             order_index=index,
+            schedule=run.schedule,
             bucket_edges=edges,
             block_sums=block_sums,
             usage=run.usage(edges),
@@ -217,6 +222,7 @@ def select_plan(statistics: CalibrationStatistics, *, density: float, precision:
         grid=statistics.grid,
         order_names=statistics.order_names,
         order_index=statistics.order_index,
+        schedule=statistics.schedule,
         bucket_edges=statistics.bucket_edges,
         usage=statistics.usage,
         precisions=(chosen,),

@@ -20,6 +20,7 @@ from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.calibration.kernels import REFERENCE, Kernels
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
+from paroattn.integrations.attach import Forward
 from paroattn.integrations.observe import ObservedCall, observe
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.schedule import Schedule
@@ -46,11 +47,11 @@ class CalibrationRun:
     Attributes:
         identity: of the pipeline's transformers.
         grid: the token grid, known once something was generated; its text tokens are the first prompt's.
-        num_steps: denoising steps of a generation, known then, too.
+        schedule: noise levels of the denoising steps of a generation, known then, too.
     """
 
     grid: TokenGrid
-    num_steps: int
+    schedule: tuple[float, ...]
 
     def __init__(
         self,
@@ -67,6 +68,8 @@ class CalibrationRun:
         for density in densities:
             check_density(density)
         self.pipeline = Pipeline(pipe)
+        if any(parameter.is_inference() for item in self.pipeline.transformers for parameter in item.parameters()):
+            raise InputError("weights were made in torch.inference_mode(); load the pipeline outside to calibrate it")
         self.checkpoint = checkpoint or Checkpoint()
         self.identity = self.pipeline.identity
         self._prompts = prompts
@@ -76,10 +79,14 @@ class CalibrationRun:
         self._progress = progress
         self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
 
+    @property
+    def num_steps(self) -> int:
+        return len(self.schedule)
+
     def usage(self, edges: tuple[float, ...]) -> Tensor:
         """Share of each step bucket's steps in which each layer was called, float32 [buckets, layers]."""
         buckets = torch.tensor([bucket_of(edges, step, self.num_steps) for step in range(self.num_steps)])
-        calls = torch.zeros(len(edges), self.identity.layers)
+        calls = torch.zeros(len(edges), self.identity.layers, dtype=torch.float32)
         for step, layer in self._called:
             calls[buckets[step], layer] += 1
         return calls / buckets.bincount(minlength=len(edges)).unsqueeze(1)
@@ -107,16 +114,17 @@ class CalibrationRun:
         def add(call: ObservedCall) -> None:
             self._called.add((call.step, call.layer))
             if not found:
-                self.num_steps = call.num_steps
                 found.append(make())
             take(found[0], call)
 
         with self.bar(len(self._prompts), description, "prompt", done) as bar:
 
             def follow(schedule: Schedule) -> None:
+                self._check_schedule(schedule)
                 bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
 
-            with observe(self.pipeline, add, on_forward=self._check_grid, on_step=follow):
+            watch: dict[str, Any] = {"on_forward": self._check_grid, "on_step": follow, "on_unseen": _refuse_unseen}
+            with observe(self.pipeline, add, **watch):
                 for number in range(done, len(self._prompts)):
                     self.generate_one(number)
                     self._keep(part, number + 1, found[0])
@@ -129,7 +137,7 @@ class CalibrationRun:
             for number, accumulator in enumerate(accumulators)
             for name, tensor in accumulator.state().items()
         }
-        facts = {"done": done, "grid": asdict(self.grid), "steps": self.num_steps, "called": sorted(self._called)}
+        facts = {"done": done, "grid": asdict(self.grid), "schedule": self.schedule, "called": sorted(self._called)}
         self.checkpoint.save(part, tensors, facts)
 
     def _resume(self, part: str, make: Callable[[], Accumulators], found: list[Accumulators]) -> int:
@@ -138,7 +146,7 @@ class CalibrationRun:
         if kept is None:
             return 0
         tensors, facts = kept
-        self.grid, self.num_steps = TokenGrid(**facts["grid"]), facts["steps"]
+        self.grid, self.schedule = TokenGrid(**facts["grid"]), tuple(facts["schedule"])
         self._called |= {(step, layer) for step, layer in facts["called"]}
         found.append(make())
         for number, accumulator in enumerate(found[0]):
@@ -146,13 +154,24 @@ class CalibrationRun:
             accumulator.restore({key[len(own) :]: value for key, value in tensors.items() if key.startswith(own)})
         return facts["done"]
 
-    def _check_grid(self, grid: TokenGrid) -> None:
+    def _check_grid(self, forward: Forward) -> None:
+        grid = forward.grid
+        assert grid is not None  # observe refuses others
         known: TokenGrid = getattr(self, "grid", grid)
         if replace(known, text_tokens=grid.text_tokens) != grid:
             raise InputError(f"prompts give different token grids: {known}, then {grid}")
         for density in self._densities:
             check_reachable(density, known)
         self.grid = known
+
+    def _check_schedule(self, schedule: Schedule) -> None:
+        known: tuple[float, ...] = getattr(self, "schedule", schedule.levels)
+        if schedule.levels != known:
+            raise InputError(
+                f"prompts run different schedules: {len(known)} steps from noise level {known[0]:.3f}, then "
+                f"{schedule.num_steps} from {schedule.levels[0]:.3f}; give all as many steps and one strength"
+            )
+        self.schedule = known
 
     @property
     def prompt_count(self) -> int:
@@ -181,6 +200,16 @@ class CalibrationRun:
             "seed": self._seed,
             "num_inference_steps": self.num_steps,
         }
+
+
+def check_orders(order_names: Sequence[str] | None) -> None:
+    """Raise `InputError` for what is no list of candidate orders; None stands for all."""
+    if order_names is not None and (isinstance(order_names, str) or not len(order_names)):
+        raise InputError(f"order_names is {order_names!r}; expected a list of at least one, or None for all")
+
+
+def _refuse_unseen(reason: str) -> None:
+    raise InputError(f"this pipeline cannot be calibrated: {reason}; use prompts and settings without")
 
 
 def calibration_checkpoint(

@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.calibration.run import CalibrationRun, spread
 from paroattn.integrations.apply import apply
+from paroattn.integrations.attach import Forward
 from paroattn.integrations.observe import ObservedCall, observe
-from paroattn.integrations.operators import Operators
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.schedule import Schedule
 from paroattn.plan import Plan
 from paroattn.quantize import Precision
+from paroattn.runner import Runner
 
 COTANGENTS = 2  # backward passes per recorded call; each averages over all elements of a head's output
 PROPAGATION_RUNS = 8  # step buckets that are approximated alone; the others are interpolated
@@ -58,7 +59,7 @@ def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: i
     """
     steps_of: list[list[int]] = [[] for _ in range(draft.buckets)]
     for step in range(run.num_steps):
-        steps_of[draft.bucket_of(step, run.num_steps)].append(step)
+        steps_of[draft.bucket_of(run.schedule[step])].append(step)
     steps = [own[len(own) // 2] for own in steps_of]
     counts = [len(own) for own in steps_of]
     generator = torch.Generator().manual_seed(seed)
@@ -93,30 +94,27 @@ class _ForwardCall:
     """A forward call of a transformer, to be repeated."""
 
     transformer: Any
-    args: tuple
-    kwargs: Mapping[str, Any]
+    arguments: Mapping[str, Any]
 
     def __call__(self) -> Tensor:
-        return self.transformer(*self.args, **self.kwargs)[0]
+        return self.transformer(**self.arguments)[0]
 
 
 def _generate_recording(run: CalibrationRun, steps: Sequence[int]) -> tuple[Tensor, dict[int, list[_ForwardCall]]]:
     """Final latents of the first prompt, and the forward calls at some steps (two under guidance)."""
     calls: dict[int, list[_ForwardCall]] = {step: [] for step in steps}
-    schedule = Schedule(run.pipeline.scheduler, lambda _: None)
+    now: list[int] = []
 
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if schedule.step in calls:
-            calls[schedule.step].append(_ForwardCall(module, args, kwargs))
+    def follow(schedule: Schedule) -> None:
+        now[:] = [schedule.step]
 
-    transformers = run.pipeline.transformers
-    hooks = [transformer.register_forward_pre_hook(record, with_kwargs=True) for transformer in transformers]
-    try:
+    def record(forward: Forward) -> None:
+        if now[0] in calls:
+            transformer = run.pipeline.transformers[forward.transformer]
+            calls[now[0]].append(_ForwardCall(transformer, dict(forward.arguments)))
+
+    with observe(run.pipeline, lambda call: None, on_forward=record, on_step=follow):
         return run.generate_one(0), calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-        schedule.remove()
 
 
 class _HeadProbe:
@@ -125,12 +123,10 @@ class _HeadProbe:
     def __init__(self, pipeline: Pipeline, draft: Plan, bucket: int, int4: bool):
         self._pipeline = pipeline
         self._shape = (draft.model.layers, draft.model.heads)
-        self._operators = self._int4_operators = None
-        if int4:
-            in_int4 = replace(draft, precisions=(Precision("int4", "int4"),) * len(draft.precisions))
-            self._operators, self._int4_operators = Operators(draft, [], "auto"), Operators(in_int4, [], "auto")
-            self._operators.show(bucket)
-            self._int4_operators.show(bucket)
+        in_int4 = replace(draft, precisions=(Precision("int4", "int4"),) * len(draft.precisions))
+        self._plans = (draft, in_int4) if int4 else ()
+        self._runners: list[Runner] = []
+        self._bucket = torch.tensor(bucket)
 
     def measure(self, forward: _ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """For one recorded call: squared change of the model's output per squared error of a head's output, and the
@@ -166,12 +162,13 @@ class _HeadProbe:
     @torch.no_grad()
     def _int4_error(self, call: ObservedCall) -> Tensor:
         """Squared difference of INT4 to the plan's own precision, per sample, float64 [heads]."""
-        if self._operators is None or self._int4_operators is None:
+        if not self._plans:
             return torch.zeros(self._shape[1], dtype=torch.float64)
-        outputs = [
-            operators.ready(call.layer, call.query.device, call.query.dtype, call.scale).run(call).double()
-            for operators in (self._operators, self._int4_operators)
-        ]
+        device, tensors = call.query.device, (call.query, call.key, call.value)
+        settings: dict[str, Any] = {"bucket": self._bucket.to(device), "key_mask": call.key_mask, "scale": call.scale}
+        self._runners = self._runners or [Runner(plan, device) for plan in self._plans]
+        answers = [runner.call(call.layer, *tensors, **settings) for runner in self._runners]
+        outputs = [answer.double() for answer in answers if isinstance(answer, Tensor)]
         return (outputs[1] - outputs[0]).square().sum((0, 1, 3)).cpu() / len(call.query)
 
 

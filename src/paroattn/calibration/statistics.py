@@ -80,7 +80,7 @@ def _chunk_entries(device: torch.device) -> int:
 
 def block_areas(tokens: int) -> Tensor:
     """Number of entries in each block [q blocks, kv blocks]; the last row and column may be partial."""
-    sizes = torch.full((block_count(tokens, BLOCK),), float(BLOCK))
+    sizes = torch.full((block_count(tokens, BLOCK),), float(BLOCK), dtype=torch.float32)
     sizes[-1] = tokens - BLOCK * (len(sizes) - 1)
     return sizes.outer(sizes)
 
@@ -127,7 +127,7 @@ def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> 
     q, k = q.float(), k.float()
     block_of = torch.stack([inverse_order(order) // BLOCK for order in orders]).to(q.device)  # [orders, N]
     assignment = one_hot(block_of, blocks).transpose(0, 1).flatten(1).to(q.dtype)  # [N, orders * blocks]
-    sums = torch.zeros(len(orders), blocks, blocks, device=q.device)
+    sums = torch.zeros(len(orders), blocks, blocks, device=q.device, dtype=torch.float32)
     for rows in torch.arange(tokens, device=q.device).split(max(1, _chunk_entries(q.device) // tokens)):
         p = (q[rows] @ k.mT * scale).softmax(-1)
         columns = (p @ assignment).unflatten(1, (len(orders), blocks))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -10,19 +15,18 @@ import torch
 from torch import Tensor
 
 from paroattn.errors import InputError, PlanError
-from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import Attachment
+from paroattn.integrations.attach import Attachment, Forward
 from paroattn.integrations.descriptors import describe
-from paroattn.integrations.operators import Operators, PlannedLayer, Request
 from paroattn.integrations.pipeline import Pipeline
-from paroattn.integrations.schedule import Schedule
-from paroattn.plan import LayerPlan, ModelIdentity, Plan
+from paroattn.integrations.rebind import AttentionCall
+from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
+from paroattn.runner import Dense, LayerRunner, Runner
 
 
 def apply(
     pipe: Any,
-    plan: Plan | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     *,
     precision: str | Precision | None = None,
     strict: bool = False,
@@ -32,56 +36,89 @@ def apply(
 
     Args:
         pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
-        plan: from `paroattn.calibrate` or `Plan.load`. None computes every block.
+        plan: from `paroattn.calibrate` or `Plan.load`, or a plan file's path. None computes every block.
         precision: without a plan, the number format of all heads ("int8", ...); a plan brings its own.
-        strict: raise `PlanError` for requests that the plan does not cover (another size, tokens beyond the grid)
-            instead of running them with the model's own attention after one warning.
+        strict: raise `PlanError` at the first call that runs with the model's own attention (another size, tokens
+            beyond the grid, masks of another kind) instead of warning once of each reason.
         backend: "auto" or a backend's name.
 
     Returns:
-        A handle with `remove()`; also a context manager.
+        A handle with `remove()` and `report()`; also a context manager.
 
     Raises:
         PlanError: the plan is for another model, number of heads or layers; with `strict` also while generating.
         InputError: an unknown model class, precision or backend; both or neither of plan and precision.
 
     Example:
-        >>> with paroattn.apply(pipe, plan):  # doctest: +SKIP
+        >>> with paroattn.apply(pipe, plan) as handle:  # doctest: +SKIP
         ...     video = pipe(prompt="a cat").frames
+        >>> print(handle.report())  # doctest: +SKIP
     """
     if (plan is None) == (precision is None):
         raise InputError("apply takes either a plan or a precision; got " + ("both" if plan is not None else "neither"))
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if not isinstance(plan, Plan | None):
+        raise InputError(f"plan is a {type(plan).__name__}; expected a Plan or the path of a plan file")
     pipeline = Pipeline(pipe)
-    identity = pipeline.identity
-    layers: list[LayerPlan] = []
     if plan is not None:
-        check_model(plan, identity)
+        check_model(plan, pipeline.identity)
         text = describe(pipeline.transformers[0]).text
         if plan.grid.text_tokens and plan.grid.text_position != text:
             raise PlanError(f"plan has text tokens as {plan.grid.text_position}; this model has them as {text}")
-    else:
-        parsed = Precision.parse(precision)  # type: ignore[arg-type]
-        layers = [LayerPlan(precisions=(parsed,) * identity.heads)] * identity.layers
-    return Handle(pipeline, plan, Operators(plan, layers, backend), strict)
+    return Handle(pipeline, plan, None if precision is None else Precision.parse(precision), strict, backend)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How attention ran since a plan was applied.
+
+    Attributes:
+        planned: calls of layers that ran as the plan says.
+        dense: calls that ran with the model's own attention, by reason. Cross-attention, an IP-adapter's too, always
+            does and is not counted.
+    """
+
+    planned: int
+    dense: Mapping[str, int]
+
+    def __str__(self) -> str:
+        total = self.planned + sum(self.dense.values())
+        lines = [f"{self.planned} of {total} attention calls ran as planned"]
+        lines += [f"{count} ran with the model's own attention: {reason}" for reason, count in self.dense.items()]
+        return "\n".join(lines)
 
 
 class Handle:
     """What `apply` returns; `remove()` restores the pipeline."""
 
-    def __init__(self, pipeline: Pipeline, plan: Plan | None, operators: Operators, strict: bool):
+    def __init__(self, pipeline: Pipeline, plan: Plan | None, precision: Precision | None, strict: bool, backend: str):
         self.plan = plan
-        self._operators = operators
-        self._strict = strict
-        self._request = Request()
-        self._warned = False
-        self._ready_for: tuple[torch.device, torch.dtype] | None = None
-        self._intercepts = [PlannedLayer(operators, layer, self._request) for layer in range(pipeline.identity.layers)]
-        self._attachment = Attachment(pipeline, self._intercepts, self._before_call, self._follow)
-        self._make_ready(*pipeline.place)
+        self._identity = pipeline.identity
+        self._precision = precision
+        self._backend = backend
+        self.strict = strict
+        self._runners: dict[torch.device, Runner] = {}
+        self._ready_for: set[tuple[torch.device, torch.dtype]] = set()
+        self._lock = threading.Lock()
+        self._counts: Counter[str | None] = Counter()
+        self._request = _Request()
+        device, dtype = pipeline.place
+        runner = self._runner(torch.device("cpu") if device.type == "meta" else device)
+        self._layers = [PlannedLayer(self, layer, self._request) for layer in range(self._identity.layers)]
+        self._make_ready(runner, device, dtype)
+        self._attachment = Attachment(pipeline, self._layers, self._before_forward)
 
     def remove(self) -> None:
-        """Restore the pipeline's own attention, bitwise."""
+        """Restore the pipeline's own attention, bitwise; what others changed since stays."""
         self._attachment.remove()
+
+    def report(self) -> Report:
+        """How many attention calls ran as planned, and why the others did not."""
+        self._collect()
+        with self._lock:
+            counts = dict(self._counts)
+        return Report(counts.pop(None, 0), {str(reason): count for reason, count in counts.items()})
 
     def __enter__(self) -> Handle:
         return self
@@ -91,42 +128,100 @@ class Handle:
     ) -> None:
         self.remove()
 
-    def _before_call(self, grid: TokenGrid | None, hidden_states: Tensor) -> None:
-        self._request.stays_dense = self.plan is not None and not _covers(self.plan.grid, grid)
+    def count(self, reason: str | None) -> None:
+        """Count a call that ran as planned (None) or with the model's own attention."""
+        with self._lock:
+            first = reason is not None and not self._counts[reason]
+            self._counts[reason] += 1
+        if not first:
+            return
+        if self.strict:
+            raise PlanError(f"{reason}. Calibrate for such requests, load a matching plan, or do not ask for strict.")
+        warnings.warn(f"{reason}: the model's own attention runs instead", stacklevel=2)
+
+    def layer_runner(self, layer: int, device: torch.device) -> LayerRunner:
+        """What computes a layer on a device."""
+        return self._runner(device).layers[layer]
+
+    def _runner(self, device: torch.device) -> Runner:
+        if device not in self._runners:
+            self._runners[device] = (
+                Runner.of_precision(self._precision, self._identity, device, self._backend)
+                if self._precision is not None
+                else Runner(self.plan, device, backend=self._backend)  # type: ignore[arg-type]
+            )
+        return self._runners[device]
+
+    def _before_forward(self, forward: Forward) -> None:
+        self._collect()
+        tensor = forward.hidden_states
+        runner = self._runner(tensor.device)
+        self._request.reason = runner.refusal(forward.grid)
+        self._request.bucket = runner.bucket(forward.descriptor.level(forward.timestep))
+        if self._request.reason is None:
+            self._make_ready(runner, tensor.device, tensor.dtype)
+
+    def _make_ready(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
+        """Make operators before a forward call that may be compiled, where they could not be made."""
+        if device.type == "meta" or (device, dtype) in self._ready_for:
+            return
+        self._ready_for.add((device, dtype))
+        for layer, own in zip(self._layers, runner.layers, strict=True):
+            own.make_ready(dtype)
+            layer.runner = own
+
+    def _collect(self) -> None:
+        """Count what compiled code noted."""
+        for layer in self._layers:
+            noted, layer.noted = layer.noted, ()
+            for reason in noted:
+                self.count(reason)
+
+
+class _Request(threading.local):
+    """The forward call in progress in a thread: its step bucket, or why it stays dense."""
+
+    reason: str | None = "attention was called outside of the transformer's forward call"
+    bucket: Tensor
+
+
+class PlannedLayer:
+    """The intercept of one layer: its operator, or the model's own attention where the plan has nothing to say."""
+
+    def __init__(self, handle: Handle, layer: int, request: _Request):
+        self._handle = handle
+        self._layer = layer
+        self._request = request
+        self.runner: LayerRunner | None = None
+        self.noted: tuple[str | None, ...] = ()  # by compiled code, which cannot count: the reason of its last call
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        if not call.attends_to_itself:  # an IP-adapter's, which no plan is about
+            return call.dense()
+        reason = call.refusal or self._request.reason
+        output: Tensor | Dense = Dense(reason) if reason else self._attend(call)
+        if isinstance(output, Dense):
+            self._note(output.reason)
+            return call.dense()
+        self._note(None)
+        return output
+
+    def _attend(self, call: AttentionCall) -> Tensor | Dense:
+        runner = self.runner
+        if not torch.compiler.is_compiling():
+            runner = self._handle.layer_runner(self._layer, call.query.device)
+        if runner is None:
+            raise InputError("paroattn was applied to a transformer on the meta device; apply it where it runs")
+        bucket = self._request.bucket
+        return runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask, scale=call.scale)
+
+    def _note(self, reason: str | None) -> None:
         if torch.compiler.is_compiling():
-            return
-        if self._request.stays_dense:
-            self._refuse(grid)
-            return
-        self._make_ready(hidden_states.device, hidden_states.dtype)
-
-    def _refuse(self, grid: TokenGrid | None) -> None:
-        """Raise or warn, once, for a request that the plan does not cover."""
-        assert self.plan is not None
-        found = "tokens that are no single box of frames, height and width" if grid is None else f"grid {grid}"
-        message = f"plan is for grid {self.plan.grid}; this request has {found}"
-        if self._strict:
-            raise PlanError(f"{message}. Calibrate for that grid, or load a matching plan.")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{message}, and runs with the model's own attention", stacklevel=2)
-
-    def _make_ready(self, device: torch.device, dtype: torch.dtype) -> None:
-        if self._ready_for != (device, dtype) and device.type != "meta":
-            self._ready_for = (device, dtype)
-            for intercept in self._intercepts:
-                intercept.make_ready(device, dtype)
-
-    def _follow(self, schedule: Schedule) -> None:
-        if self.plan is not None:
-            self._operators.show(self.plan.bucket_of(schedule.step, schedule.num_steps))
-
-
-def _covers(planned: TokenGrid, found: TokenGrid | None) -> bool:
-    """Whether a request has the box of visual tokens that was planned; the number of text tokens may differ."""
-    if found is None:
-        return False
-    return (planned.frames, planned.height, planned.width) == (found.frames, found.height, found.width)
+            if reason is not None and self._handle.strict:
+                raise PlanError(reason)
+            self.noted = (reason,)
+        else:
+            self._handle.count(reason)
 
 
 def check_model(plan: Plan, identity: ModelIdentity) -> None:

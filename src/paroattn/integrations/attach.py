@@ -5,21 +5,44 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
-from paroattn.integrations.descriptors import describe
+from paroattn.integrations.descriptors import ModelDescriptor, describe
 from paroattn.integrations.pipeline import Pipeline
-from paroattn.integrations.rebind import Intercept, is_rebound, rebind
-from paroattn.integrations.schedule import Schedule
+from paroattn.integrations.rebind import Intercept, is_rebound, rebind, refuse_copies, released
 
-OnForward = Callable[[TokenGrid | None, Tensor], None]
-"""Called before each forward pass of a transformer with its token grid (None: its visual tokens are no single box) and
-its `hidden_states`; may raise."""
+
+class Forward(NamedTuple):
+    """A forward call of a transformer that is about to run.
+
+    Attributes:
+        transformer: its number.
+        descriptor: of its class.
+        arguments: by name.
+        grid: of its tokens; None if its visual tokens are no single box.
+    """
+
+    transformer: int
+    descriptor: ModelDescriptor
+    arguments: dict[str, Any]
+    grid: TokenGrid | None
+
+    @property
+    def hidden_states(self) -> Tensor:
+        return self.arguments["hidden_states"]
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.arguments["timestep"]
+
+
+OnForward = Callable[[Forward], None]
+"""Called before each forward call of a transformer; may raise."""
 
 
 class Attachment:
@@ -28,45 +51,50 @@ class Attachment:
     Args:
         pipe: a diffusers pipeline.
         intercepts: one per self-attention layer; the layers of a second transformer follow those of the first.
-        on_forward: see `OnForward`; default: nothing.
-        on_step: called whenever the denoising step changes; default: nothing.
+        on_forward: see `OnForward`.
+
+    Raises:
+        InputError: paroattn is attached already, or a processor cannot be taken over; nothing is changed then. While
+            generating: a transformer or a processor was replaced meanwhile.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        intercepts: Sequence[Intercept],
-        on_forward: OnForward = lambda grid, hidden_states: None,
-        on_step: Callable[[Schedule], None] = lambda schedule: None,
-    ):
+    def __init__(self, pipe: Any, intercepts: Sequence[Intercept], on_forward: OnForward):
         self._pipeline = Pipeline(pipe)
-        self._on_forward = on_forward
         modules = self._pipeline.layers
         if any(is_rebound(module.processor) for own in modules for module in own):
             raise InputError("paroattn is already applied to this pipeline; call remove() on its handle first")
         remaining = iter(intercepts)
         rebound = [[rebind(module.processor, next(remaining)) for module in own] for own in modules]
-        self.schedule = Schedule(self._pipeline.scheduler, on_step)
-        self._originals: list[tuple[Any, Any]] = []
+        self._installed: list[tuple[Any, Any, Any]] = []  # module, its own processor, the rebound one
         self._hooks: list[Any] = []
-        for number, (own, processors) in enumerate(zip(modules, rebound, strict=True)):
-            installed = list(zip(own, processors, strict=True))
-            for module, processor in installed:
-                self._originals.append((module, module.processor))
-                module.processor = processor
-            self._hooks.append(self._pipeline.hook_before(number, self._watcher(number, installed)))
         self._attached = True
+        try:
+            for number, (own, processors) in enumerate(zip(modules, rebound, strict=True)):
+                installed = list(zip(own, processors, strict=True))
+                for module, processor in installed:
+                    self._installed.append((module, module.processor, processor))
+                    module.processor = processor
+                watcher = _Watcher(number, self._pipeline.transformers[number], installed, on_forward)
+                self._hooks.append(self._pipeline.hook_before(number, watcher))
+            self._pipeline.watch(self._check_transformers)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
-        """Put everything back; a second call does nothing."""
+        """Give every layer back its processor, with what was set on it meanwhile; a second call does nothing.
+
+        Layers whose processor was replaced meanwhile keep the new one.
+        """
         if not self._attached:
             return
         self._attached = False
-        self.schedule.remove()
+        self._pipeline.watch(None)
         for hook in self._hooks:
             hook.remove()
-        for module, processor in self._originals:
-            module.processor = processor
+        for module, own, processor in self._installed:
+            if module.processor is processor:
+                module.processor = released(processor, own)
 
     def __enter__(self) -> Attachment:
         return self
@@ -76,27 +104,37 @@ class Attachment:
     ) -> None:
         self.remove()
 
-    def _watcher(self, number: int, installed: list[tuple[Any, Any]]) -> Any:
-        """Looks at each forward call of a transformer before it runs."""
-        transformer = self._pipeline.transformers[number]
-        descriptor, config = describe(transformer), transformer.config
-        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+    def _check_transformers(self) -> None:
+        """Raise `InputError` when the pipeline is called with other transformers."""
+        if Pipeline(self._pipeline).transformers != self._pipeline.transformers:
+            raise InputError(
+                "the pipeline's transformer was replaced after paroattn was applied; call remove() on its handle and "
+                "apply again"
+            )
 
-        def before_forward(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            if torch.compiler.is_compiling():
-                # A transformer compiled in place is watched from within its graph, where only shapes are known.
-                if not descriptor.box_from_values:
-                    self._on_forward(descriptor.grid(config, arguments), arguments["hidden_states"])
-                return
-            if self._pipeline.scheduler is not self.schedule.scheduler:
-                raise InputError("the pipeline's scheduler was replaced after paroattn was applied; apply again")
-            if any(module.processor is not processor for module, processor in installed):
-                raise InputError(
-                    "the transformer's attention processors were replaced after paroattn was applied (by fusing "
-                    "projections or loading an adapter, say); call remove() on its handle and apply again"
-                )
-            self.schedule.observe(arguments.get("timestep"))
-            self._on_forward(descriptor.grid(config, arguments), arguments["hidden_states"])
 
-        return before_forward
+class _Watcher:
+    """The hook of one transformer: looks at each forward call before it runs."""
+
+    def __init__(self, number: int, transformer: Any, installed: list[tuple[Any, Any]], on_forward: OnForward):
+        self._number = number
+        self._descriptor = describe(transformer)
+        self._config = transformer.config
+        self._names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._installed = installed
+        self._on_forward = on_forward
+
+    @torch.compiler.disable
+    def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Called before the forward call; never compiled, since it reads values and what belongs to a thread."""
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if any(module.processor is not processor for module, processor in self._installed):
+            raise InputError(
+                "the transformer's attention processors were replaced after paroattn was applied (by fusing "
+                "projections or loading an adapter, say); call remove() on its handle and apply again"
+            )
+        self._on_forward(
+            Forward(self._number, self._descriptor, arguments, self._descriptor.grid(self._config, arguments))
+        )
+
+    __reduce_ex__ = refuse_copies

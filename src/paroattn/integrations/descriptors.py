@@ -30,13 +30,15 @@ class ModelDescriptor:
             the visual tokens are no single box.
         text: whether text tokens stand before ("prefix") or after ("suffix") the visual ones in self-attention, or
             None if they take no part in it.
-        box_from_values: `box` reads values of tensors, not only their shapes; within compiled code it is not asked.
+        timestep_range: the timestep that stands for pure noise: 1000, or 1 for models that are handed a share.
+        ascending: timesteps grow while noise falls (Mochi).
     """
 
     self_attention: tuple[str, ...]
     box: Callable[[Any, Mapping[str, Any]], Box | None]
     text: Literal["prefix", "suffix"] | None = None
-    box_from_values: bool = False
+    timestep_range: float = 1000.0
+    ascending: bool = False
 
     def grid(self, config: Any, arguments: Mapping[str, Any]) -> TokenGrid | None:
         """The token grid of a forward call, or None if its visual tokens are no single box."""
@@ -46,6 +48,18 @@ class ModelDescriptor:
         if self.text is None:
             return TokenGrid(*box)
         return TokenGrid(*box, arguments["encoder_hidden_states"].shape[1], self.text)
+
+    def level(self, timestep: Tensor | float) -> Tensor:
+        """The noise level of a forward call, a 0-dim float32 tensor where the timestep is: 1 is pure noise.
+
+        A timestep per token, smaller for tokens that are given (image-to-video), counts as its largest.
+        """
+        share = torch.as_tensor(timestep).float().amax() / self.timestep_range
+        return 1 - share if self.ascending else share
+
+    def timestep(self, level: float) -> float:
+        """The timestep of a noise level."""
+        return (1 - level if self.ascending else level) * self.timestep_range
 
 
 def latents(*dimensions: int) -> Callable[[Any, Mapping[str, Any]], Box]:
@@ -79,10 +93,10 @@ def _image_shapes(config: Any, arguments: Mapping[str, Any]) -> Box | None:
 
 def _position_ids(config: Any, arguments: Mapping[str, Any]) -> Box | None:
     ids: Tensor = arguments["img_ids"]
-    ids = (ids[0] if ids.ndim == 3 else ids).long()
-    height, width = (ids[:, 1:3].amax(0) + 1).tolist()
-    row_major = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(ids.device)
-    whole = len(ids) == height * width and not bool(ids[:, 0].any()) and bool((ids[:, 1:3] == row_major).all())
+    ids = ids[0] if ids.ndim == 3 else ids
+    height, width = (ids[:, 1:3].amax(0) + 1).long().tolist()
+    row_major = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).to(ids.device)
+    whole = len(ids) == height * width and bool((ids == row_major).all())
     return (1, height, width) if whole else None  # Flux Kontext appends images, whose first id is not 0
 
 
@@ -100,14 +114,18 @@ DESCRIPTORS = {
         text="suffix",
     ),
     "LTXVideoTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _sizes_as_arguments),
-    "MochiTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), text="suffix"),
+    "MochiTransformer3DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), text="suffix", ascending=True
+    ),
     "FluxTransformer2DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn"),
         _position_ids,
         text="prefix",
-        box_from_values=True,
+        timestep_range=1.0,
     ),
-    "QwenImageTransformer2DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix"),
+    "QwenImageTransformer2DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", timestep_range=1.0
+    ),
     "SD3Transformer2DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn", r"transformer_blocks\.(\d+)\.attn2"), latents(2, 3), text="suffix"
     ),
@@ -116,10 +134,15 @@ DESCRIPTORS = {
 
 def describe(transformer: nn.Module) -> ModelDescriptor:
     """The descriptor of a transformer, or `InputError` naming the classes that have one."""
-    name = type(transformer).__name__
-    if name not in DESCRIPTORS:
-        raise InputError(f"transformer is a {name}; paroattn knows {', '.join(DESCRIPTORS)}")
-    return DESCRIPTORS[name]
+    return DESCRIPTORS[known_class(transformer)]
+
+
+def known_class(transformer: nn.Module) -> str:
+    """The name of a transformer's class, or of the first that it inherits from, that has a descriptor."""
+    for kind in type(transformer).__mro__:
+        if kind.__name__ in DESCRIPTORS:
+            return kind.__name__
+    raise InputError(f"transformer is a {type(transformer).__name__}; paroattn knows {', '.join(DESCRIPTORS)}")
 
 
 def attention_modules(transformer: nn.Module) -> list[Any]:

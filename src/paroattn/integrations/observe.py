@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
-from paroattn.integrations.attach import Attachment
+from paroattn.integrations.attach import Attachment, Forward, OnForward
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall, Intercept
 from paroattn.integrations.schedule import Schedule
@@ -45,7 +45,8 @@ class ObservedCall:
 
     Attributes:
         layer: its number.
-        step, num_steps: denoising step, from 0, and steps of the schedule.
+        step, num_steps: denoising step, from 0, and steps of the generation; calls at one noise level are one step.
+        level: the noise level, from 1 (pure noise) down to 0.
         grid: the box of visual tokens, with as many text tokens as this call has.
         query, key, value: [B, N, H, D] in the model's order.
         key_mask: bool [B, N], False for padding of text, or None.
@@ -56,6 +57,7 @@ class ObservedCall:
     layer: int
     step: int
     num_steps: int
+    level: float
     grid: TokenGrid
     query: Tensor
     key: Tensor
@@ -83,8 +85,9 @@ def observe(
     pipe: Any,
     function: Callable[[ObservedCall], Tensor | None],
     *,
-    on_forward: Callable[[TokenGrid], None] = lambda grid: None,
+    on_forward: OnForward = lambda forward: None,
     on_step: Callable[[Schedule], None] = lambda schedule: None,
+    on_unseen: Callable[[str], None] = lambda reason: None,
 ) -> Attachment:
     """Hand every self-attention call of a pipeline's transformers to a function, until the handle is removed.
 
@@ -92,8 +95,10 @@ def observe(
         pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
         function: gets an `ObservedCall`. The tensor [B, N, H, D] that it returns takes the place of the call's output;
             None leaves it to the model's own attention. Cross-attention does not arrive.
-        on_forward: called with the token grid before each forward call of a transformer.
-        on_step: called with the schedule (`step`, `num_steps`) whenever the denoising step changes.
+        on_forward: called before each forward call of a transformer, with its arguments and token grid.
+        on_step: called with the schedule (`step`, `num_steps`, `level`) whenever the denoising step changes.
+        on_unseen: called with the reason for each self-attention call that `function` cannot get: a causal one, or one
+            whose mask hides more than keys.
 
     Returns:
         A handle with `remove()`; also a context manager.
@@ -108,22 +113,29 @@ def observe(
         ...     pipe(prompt="a cat")
     """
     known: list[TokenGrid] = []
+    pipeline, schedule = Pipeline(pipe), Schedule()
 
-    def before_forward(grid: TokenGrid | None, hidden_states: Tensor) -> None:
+    def before_forward(forward: Forward) -> None:
+        grid = forward.grid
         if grid is None:
             raise InputError("visual tokens are no single box of frames, height and width; use a prompt without images")
         known[:] = [grid]
-        on_forward(grid)
+        if schedule.follow(forward.descriptor, forward.timestep, pipeline.scheduler):
+            on_step(schedule)
+        on_forward(forward)
 
     def intercept(layer: int) -> Intercept:
         def attend(call: AttentionCall) -> Tensor:
             text = call.query.shape[1] - known[0].visual_tokens
-            if not call.attends_to_itself or text < 0:
+            if call.refusal:
+                on_unseen(call.refusal)
+            if call.refusal or not call.attends_to_itself or text < 0:
                 return call.dense()
             observed = ObservedCall(
                 layer,
-                attachment.schedule.step,
-                attachment.schedule.num_steps,
+                schedule.step,
+                schedule.num_steps,
+                schedule.level,
                 replace(known[0], text_tokens=text),
                 call.query.detach(),
                 call.key.detach(),
@@ -137,6 +149,4 @@ def observe(
 
         return attend
 
-    intercepts = [intercept(layer) for layer in range(Pipeline(pipe).identity.layers)]
-    attachment = Attachment(pipe, intercepts, before_forward, on_step)
-    return attachment
+    return Attachment(pipeline, [intercept(layer) for layer in range(pipeline.identity.layers)], before_forward)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from paroattn.errors import InputError
-from paroattn.integrations.descriptors import attention_modules
+from paroattn.integrations.descriptors import attention_modules, known_class
 from paroattn.plan import ModelIdentity
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Attributes of pipelines that hold the transformers which denoise, in the order in which they run."""
+
+
+ATTENTION_KEYS = (
+    "attention_head_dim",
+    "axes_dims_rope",
+    "dual_attention_layers",
+    "guidance_embeds",
+    "image_dim",
+    "in_channels",
+    "num_attention_heads",
+    "num_layers",
+    "num_single_layers",
+    "patch_size",
+    "patch_size_t",
+    "pos_embed_max_size",
+    "qk_norm",
+    "rope_axes_dim",
+    "rope_theta",
+    "use_rotary_positional_embeddings",
+    "vace_layers",
+)
+"""Keys of a transformer's config on which attention depends, and those that tell kinds of a class apart."""
 
 
 class Pipeline:
@@ -55,17 +79,18 @@ class Pipeline:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """What plans are checked against; weights do not count, so fine-tunes can share plans.
+        """What plans are checked against: what attention depends on, so that fine-tunes, quantised weights, subclasses
+        and new keys of a newer diffusers can share plans.
 
         The layers of a second transformer follow those of the first.
         """
         layers = sum(map(len, self.layers))
         configs: list[Any] = [transformer.config for transformer in self.transformers]
-        public = [{key: value for key, value in dict(config).items() if not key.startswith("_")} for config in configs]
+        public = [{key: config[key] for key in ATTENTION_KEYS if key in config} for config in configs]
         # The configs of two transformers are listed, the one of a single transformer stands alone.
         described = json.dumps(public[0] if len(public) == 1 else public, sort_keys=True, default=str)
         return ModelIdentity(
-            class_name=type(self.transformers[0]).__name__,
+            class_name=known_class(self.transformers[0]),
             config_hash=hashlib.sha256(described.encode()).hexdigest(),
             layers=layers,
             heads=configs[0].num_attention_heads,
@@ -76,6 +101,16 @@ class Pipeline:
     def makes_frames(self) -> bool:
         """Whether it can decode latents to frames."""
         return getattr(self._pipe, "vae", None) is not None
+
+    def watch(self, check: Callable[[], None] | None) -> None:
+        """Call `check` before each call of the pipeline, until `watch(None)`."""
+        watched = vars(self._pipe).pop("_paroattn_check", None) is not None
+        if watched:
+            self._pipe.__class__ = type(self._pipe).__mro__[1]
+        if check is not None and callable(self._pipe):
+            kind: Any = type(self._pipe)
+            self._pipe.__class__ = _watched_class(kind)
+            self._pipe._paroattn_check = check
 
     def hook_before(self, number: int, hook: Any) -> Any:
         """Call `hook(module, args, kwargs)` before each forward call of a transformer; never compiled with it."""
@@ -89,3 +124,18 @@ class Pipeline:
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the first transformer."""
         return self.transformers[0].device, self.transformers[0].dtype
+
+
+@functools.lru_cache
+def _watched_class(pipeline_class: Any) -> type:
+    """The class under its own name, whose calls first ask the instance's `_paroattn_check`."""
+    original = pipeline_class.__call__
+
+    @functools.wraps(original)  # keeps the signature
+    def checked_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._paroattn_check()
+        return original(self, *args, **kwargs)
+
+    # Pipelines are saved and looked up by the name of their class.
+    names = {"__module__": pipeline_class.__module__, "__qualname__": pipeline_class.__qualname__}
+    return type(pipeline_class.__name__, (pipeline_class,), {"__call__": checked_call, **names})

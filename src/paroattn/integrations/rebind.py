@@ -32,6 +32,7 @@ class AttentionCall(NamedTuple):
         key_mask: bool [B, N], False for keys to ignore, or None.
         scale: factor of the logits, or None for 1 / sqrt(D).
         dense: computes it with the model's own attention, [B, N, H, D].
+        refusal: why nothing else can compute it, or None.
     """
 
     query: Tensor
@@ -40,6 +41,7 @@ class AttentionCall(NamedTuple):
     key_mask: Tensor | None
     scale: float | None
     dense: Callable[[], Tensor]
+    refusal: str | None
 
     @property
     def attends_to_itself(self) -> bool:
@@ -50,24 +52,48 @@ class AttentionCall(NamedTuple):
 Intercept = Callable[[AttentionCall], Tensor]
 """Takes the place of one layer's attention: the output, [B, N, H, D]."""
 
+_INTERCEPT = "_paroattn_intercept"
+
 
 def rebind(processor: Any, intercept: Intercept) -> Any:
     """A copy of a diffusers attention processor whose attention call goes to `intercept`."""
     rebound = copy.copy(processor)
     processor_class: Any = type(processor)
     rebound.__class__ = _rebound_class(processor_class)
-    rebound._paroattn_intercept = intercept
+    setattr(rebound, _INTERCEPT, intercept)
     return rebound
+
+
+def released(rebound: Any, own: Any) -> Any:
+    """The processor of a rebound one: `own`, from which it was made, or a copy with what was set on it since."""
+    attributes = {name: value for name, value in vars(rebound).items() if name != _INTERCEPT}
+    before = vars(own)
+    if attributes.keys() == before.keys() and all(before[name] is value for name, value in attributes.items()):
+        return own
+    changed = copy.copy(own)
+    vars(changed).clear()
+    vars(changed).update(attributes)
+    return changed
 
 
 def is_rebound(processor: Any) -> bool:
     return isinstance(processor, _Redirected)
 
 
+def refuse_copies(self: Any, protocol: Any) -> Any:
+    """A method `__reduce_ex__` of what belongs to one pipeline."""
+    raise InputError(
+        "a pipeline that paroattn is applied to cannot be copied or pickled; call remove() on its handle first, and "
+        "apply to the copy"
+    )
+
+
 class _Redirected:
     """What rebound processor classes get besides their own: the targets of the redirected calls."""
 
     _paroattn_intercept: Intercept
+
+    __reduce_ex__ = refuse_copies
 
     def _paroattn_dispatch(
         self,
@@ -104,10 +130,11 @@ class _Redirected:
                 backend=backend,
             )
 
-        if is_causal or not _hides_keys_only(attn_mask, key):
-            return dense()
-        key_mask = None if attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
-        return self._paroattn_intercept(AttentionCall(query, key, value, key_mask, scale, dense))
+        refusal = _refusal_of(attn_mask, is_causal, key)
+        key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
+        cast_query, cast_key, cast_value = _as_autocast(query, key, value)
+        call = AttentionCall(cast_query, cast_key, cast_value, key_mask, scale, dense, refusal)
+        return self._paroattn_intercept(call)
 
     def _paroattn_sdpa(
         self,
@@ -128,18 +155,31 @@ class _Redirected:
             )
             return output.transpose(1, 2)
 
-        if is_causal or attn_mask is not None:
-            return dense().transpose(1, 2)
-        query_nhd, key_nhd, value_nhd = (x.transpose(1, 2) for x in (query, key, value))
-        call = AttentionCall(query_nhd, key_nhd, value_nhd, None, scale, dense)
+        query_nhd, key_nhd, value_nhd = _as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        refusal = _refusal_of(attn_mask, is_causal, key_nhd)
+        key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key_nhd.shape[:2])
+        call = AttentionCall(query_nhd, key_nhd, value_nhd, key_mask, scale, dense, refusal)
         return self._paroattn_intercept(call).transpose(1, 2)
 
 
-def _hides_keys_only(attn_mask: Tensor | None, key: Tensor) -> bool:
-    """Whether a mask is None or bool [B or 1, 1, 1, N]: the same for all queries and heads."""
+def _refusal_of(attn_mask: Tensor | None, is_causal: bool, key: Tensor) -> str | None:
+    """Why a call has to stay dense: a mask other than bool [B or 1, 1, 1, N], the same for all queries and heads."""
+    if is_causal:
+        return "attention is causal"
     if attn_mask is None:
-        return True
-    return attn_mask.dtype == torch.bool and attn_mask.ndim == 4 and attn_mask.shape[1:] == (1, 1, key.shape[1])
+        return None
+    if attn_mask.dtype != torch.bool or attn_mask.ndim != 4 or attn_mask.shape[1:] != (1, 1, key.shape[1]):
+        return "the attention mask hides more than keys"
+    return None
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors as autocast hands them to PyTorch's own attention; the same ones without autocast."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 @functools.lru_cache

@@ -1,78 +1,74 @@
-"""Knowing the denoising step from the scheduler instance, exactly, also when caches skip attention calls."""
+"""The noise levels that a pipeline runs through, read from what its transformer is handed at each forward call."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from paroattn.integrations.descriptors import ModelDescriptor
+
+_SAME = 1e-6  # levels that differ by less are one step's
 
 
 class Schedule:
-    """Follows a diffusers scheduler by wrapping methods of the instance; `remove()` takes the wrappers off.
+    """Where a generation is, for those that look at a pipeline step by step.
 
-    A second-order scheduler takes two steps of this count for most of its own: the count is the position in its list
-    of timesteps.
+    Calls at the same noise level are one step, also where rounding to 16 bits gives several the same. A second-order
+    scheduler takes two steps of this count for most of its own.
 
     Attributes:
+        levels: the noise levels of the generation in progress, descending; of image-to-image only those that it runs.
         step: the current denoising step, from 0.
-        num_steps: the steps of the schedule in force, those that image-to-image leaves out counted.
     """
 
-    def __init__(self, scheduler: Any, on_change: Callable[[Schedule], None]):
-        self.scheduler = scheduler
+    def __init__(self) -> None:
+        self.levels: tuple[float, ...] = ()
         self.step = 0
-        self.num_steps = 1
-        self._on_change = on_change
-        self._known = True  # False from the start of a schedule until its first step is known
-        self._wrapped = ["set_timesteps", "step"]
-        if hasattr(scheduler, "set_begin_index"):
-            self._wrapped.append("set_begin_index")
-        followers = {"set_timesteps": self._started, "set_begin_index": self._begins, "step": self._stepped}
-        for name in self._wrapped:
-            setattr(scheduler, name, self._followed(getattr(scheduler, name), followers[name]))
 
-    def remove(self) -> None:
-        for name in self._wrapped:
-            delattr(self.scheduler, name)
+    @property
+    def num_steps(self) -> int:
+        """Steps of the generation in progress."""
+        return len(self.levels)
 
-    def observe(self, timestep: Tensor | float | None) -> None:
-        """The timestep of the first call of the transformer, for pipelines that skip steps without telling the
-        scheduler; looked at once per schedule, since it asks the device for a value.
+    @property
+    def level(self) -> float:
+        """The current noise level."""
+        return self.levels[self.step]
+
+    def follow(self, descriptor: ModelDescriptor, timestep: Tensor | float, scheduler: Any) -> bool:
+        """Take note of a forward call; whether it begins another step.
+
+        scheduler: has the list of timesteps to come; it is read at a generation's first call.
         """
-        if self._known or timestep is None:
-            return
-        self._known = True
-        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
-        timesteps = self.scheduler.timesteps.double().cpu()
-        distances = [(timesteps - candidate).abs() for candidate in (value, value * 1000)]  # some models take t / 1000
-        nearest = min(distances, key=lambda distance: float(distance.min()))
-        self._set(int(nearest.argmin()))
+        level = float(descriptor.level(timestep))
+        place = _place(level, self.levels, self.step)
+        if place is None:
+            ahead = _levels_ahead(descriptor, timestep, scheduler)
+            begin = _place(level, ahead, 0)
+            if begin is not None:
+                self.levels, place = ahead[begin:], 0
+            elif self.levels and level < self.levels[-1]:  # of a pipeline that does not take its scheduler's timesteps
+                self.levels, place = (*self.levels, level), self.num_steps
+            else:
+                self.levels, place = (level,), 0
+            self.step = place
+            return True
+        moved = place != self.step
+        self.step = place
+        return moved
 
-    def _followed(self, method: Any, follow: Callable[..., None]) -> Any:
-        @functools.wraps(method)  # keeps the signature, which pipelines inspect
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            follow(*args, **kwargs)
-            return result
 
-        return wrapper
+def _place(level: float, levels: tuple[float, ...], start: int) -> int | None:
+    return next((place for place in range(start, len(levels)) if abs(levels[place] - level) < _SAME), None)
 
-    def _started(self, *_: Any, **__: Any) -> None:
-        self.num_steps = len(self.scheduler.timesteps)
-        self._known = False
-        self._set(0)
 
-    def _begins(self, begin_index: int = 0) -> None:
-        self._known = True
-        self._set(begin_index)
-
-    def _stepped(self, *_: Any, **__: Any) -> None:
-        self._known = True
-        own = getattr(self.scheduler, "step_index", None)  # of the next step; not every scheduler has it
-        self._set(self.step + 1 if own is None else own)
-
-    def _set(self, step: int) -> None:
-        self.step = min(step, self.num_steps - 1)
-        self._on_change(self)
+def _levels_ahead(descriptor: ModelDescriptor, timestep: Tensor | float, scheduler: Any) -> tuple[float, ...]:
+    """Different levels of the scheduler's timesteps, rounded as the transformer gets them."""
+    dtype = timestep.dtype if isinstance(timestep, Tensor) else torch.float64
+    timesteps = scheduler.timesteps.cpu().to(dtype)
+    if descriptor.timestep_range == 1:
+        timesteps = timesteps / scheduler.config.num_train_timesteps
+    levels = torch.stack([descriptor.level(timestep) for timestep in timesteps])
+    return tuple(torch.unique_consecutive(levels).tolist())

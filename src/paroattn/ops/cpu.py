@@ -78,7 +78,7 @@ def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 )
 def cpu_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """Attention of `AttentionInputs.flat`: output like query and lse [B, H, N]."""
-    output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    output, lse = torch.empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32)
     _, prologue_seconds = run_kernel(output, lse, from_flat(query, *others))
     times = _prologue_times.get()
     if times is not None:

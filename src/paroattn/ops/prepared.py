@@ -62,8 +62,7 @@ def prepare(
 class PreparedAttention:
     """The operator that `prepare` returns; made directly of a layer of a `Plan`, whose parts are known to fit.
 
-    A mask table without an index holds the masks of the current step: its owner changes it in place. In compiled
-    code each call is one opaque node.
+    In compiled code each call is one opaque node.
     """
 
     def __init__(
@@ -95,6 +94,10 @@ class PreparedAttention:
         self._tokens = [-1, 0, 0] if layer_plan.tokens is None else [layer_plan.tokens, 0, 0]
         if grid is not None:
             self._tokens = [grid.visual_tokens, grid.text_tokens, 1 if grid.text_position == "prefix" else 2]
+
+    def fits(self, query: Tensor, scale: float | None) -> bool:
+        """Whether it was prepared for queries like this one."""
+        return query.dtype == self.dtype and query.device == self.device and scale == self.scale
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, bucket: Tensor, key_mask: Tensor | None = None

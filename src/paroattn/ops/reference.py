@@ -58,7 +58,7 @@ def attend(inputs: AttentionInputs, p_quantization: PQuantization = PQuantizatio
     group = heads // key.shape[1]
     blocks = None if inputs.block_mask is None else inputs.block_mask.to_dense()
     output = torch.empty_like(query)
-    lse = torch.empty(batch, heads, tokens, device=query.device)
+    lse = torch.empty(batch, heads, tokens, device=query.device, dtype=torch.float32)
     for head in range(heads):
         order = torch.arange(tokens, device=query.device) if permutation is None else permutation[head].long()
         q, k, v = (x[:, h].float()[:, order] for x, h in ((query, head), (key, head // group), (value, head // group)))

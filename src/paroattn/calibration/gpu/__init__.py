@@ -134,7 +134,7 @@ def _skip_costs(
     lse, output = new(heads, tiles * BLOCK), new(heads, tiles * BLOCK, width)
     kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, scale, tokens, rows, **constants)
 
-    surrogate = torch.zeros(heads, columns, tiles * BLOCK, device=device)
+    surrogate = torch.zeros(heads, columns, tiles * BLOCK, device=device, dtype=torch.float32)
     surrogate[..., :rows] = torch.exp2(logits.div_(math.log(2)) - lse[:, None, :rows])
     of_heads = (q, k, v, lse, output, surrogate, mean_v)
 

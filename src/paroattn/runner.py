@@ -1,0 +1,238 @@
+"""A plan at work on one device, whatever the host: told a call's noise level and layer, it attends or says why not.
+
+Nothing here changes once it is made but the operators, which are made as dtypes come. What belongs to a request, its
+step bucket, is a tensor that the host keeps and hands over with each call, so that requests and threads do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paroattn.errors import InputError
+from paroattn.grid import TokenGrid
+from paroattn.ops import PreparedAttention
+from paroattn.ops.backend import choose_backend
+from paroattn.ops.inputs import CallKind
+from paroattn.ops.prepared import choose_for_layer
+from paroattn.plan import LayerPlan, ModelIdentity, Plan
+from paroattn.quantize import Precision
+
+MOST_ON_GPU = 2**28  # bytes of masks that a GPU keeps; larger tables stay in the host's memory, where kernels read them
+
+
+class Dense(NamedTuple):
+    """The answer of a runner to a call that has to stay with the model's own attention.
+
+    Attributes:
+        reason: in words that follow "because".
+    """
+
+    reason: str
+
+
+class Runner:
+    """A plan's operators on one device.
+
+    Args:
+        plan: the plan.
+        device: of the tensors that calls will bring.
+        layers: numbers of the plan's layers that the host has, in its order; default: all. A second transformer has
+            the last ones.
+        heads: numbers of the plan's heads that the host has, in its order (one rank's, say); default: all.
+        backend: "auto" or a backend's name.
+
+    Attributes:
+        grid: the token grid, or None for any.
+
+    Raises:
+        InputError: an unknown backend, or a precision it does not have.
+
+    Example:
+        >>> runner = Runner(plan, "cuda")  # doctest: +SKIP
+        >>> bucket = runner.bucket(timestep / 1000)  # doctest: +SKIP
+        >>> output = runner.call(0, query, key, value, bucket=bucket)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device | str,
+        *,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        backend: str = "auto",
+    ):
+        kind = CallKind(plan.precisions, block_shape=(plan.block_q, plan.block_kv))
+        choose_backend(backend, kind)
+        part = part_of(plan, layers, heads)
+        self.grid: TokenGrid | None = plan.grid
+        self._device = torch.device(device)
+        self._levels = torch.tensor(plan.bucket_levels, dtype=torch.float32, device=device)
+        table, index = resident(part.mask_table, self._device), part.mask_index.to(device)
+        light = replace(part, mask_table=part.mask_table[:1], mask_index=torch.zeros_like(part.mask_index))
+        self.layers = [
+            LayerRunner(replace(layer, mask_table=table, mask_index=index[:, number]), self._device, backend)
+            for number, layer in enumerate(light.layers(device))
+        ]
+
+    @classmethod
+    def of_precision(
+        cls, precision: Precision, model: ModelIdentity, device: torch.device | str, backend: str = "auto"
+    ) -> Runner:
+        """A runner that computes all blocks of any number of tokens in a precision."""
+        runner = cls.__new__(cls)
+        runner.grid = None
+        runner._device = torch.device(device)
+        runner._levels = torch.zeros(0, device=device, dtype=torch.float32)
+        layer = LayerPlan(precisions=(precision,) * model.heads)
+        choose_for_layer(backend, layer)
+        runner.layers = [LayerRunner(layer, runner._device, backend) for _ in range(model.layers)]
+        return runner
+
+    def bucket(self, level: Tensor | float) -> Tensor:
+        """The step bucket of calls at a noise level, a 0-dim tensor on the device; nothing waits for its value.
+
+        Args:
+            level: timestep as a share of the training timesteps; of flow models that is sigma.
+        """
+        if isinstance(level, Tensor):
+            level = level.to(self._device)
+        return (self._levels >= level).sum()
+
+    def refusal(self, grid: TokenGrid | None) -> str | None:
+        """Why calls of a token grid (None: tokens that are no single box) have to stay dense, or None if they need not.
+
+        The number of text tokens may differ from the plan's.
+        """
+        if self.grid is None:
+            return None
+        found = "tokens that are no single box of frames, height and width" if grid is None else f"grid {grid}"
+        planned = self.grid
+        if grid is None or (planned.frames, planned.height, planned.width) != (grid.frames, grid.height, grid.width):
+            return f"plan is for grid {planned}; this request has {found}"
+        return None
+
+    def call(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        bucket: Tensor,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor | Dense:
+        """Attend in a layer, or say why not.
+
+        Args:
+            layer: number among the host's layers.
+            query, key, value: [B, N, H, D] in the model's order, text included.
+            bucket: from `bucket()`.
+            key_mask: bool [B, N], False for keys to ignore, or None.
+            scale: factor of the logits; default 1 / sqrt(D).
+
+        Returns:
+            The output [B, N, H, D], or `Dense`.
+        """
+        return self.layers[layer](query, key, value, bucket=bucket, key_mask=key_mask, scale=scale)
+
+
+class LayerRunner:
+    """One layer of a runner; its operator is made at the first call, or ahead of compiled code by `make_ready`."""
+
+    def __init__(self, layer_plan: LayerPlan, device: torch.device, backend: str):
+        self._layer_plan = layer_plan
+        self._device = device
+        self._backend = backend
+        self._operator: PreparedAttention | None = None
+
+    def make_ready(self, dtype: torch.dtype, scale: float | None = None) -> PreparedAttention:
+        """Make the operator for a dtype."""
+        self._operator = PreparedAttention(self._layer_plan, self._device, dtype, "NHD", scale, self._backend)
+        return self._operator
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        bucket: Tensor,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor | Dense:
+        """As `Runner.call`."""
+        plan = self._layer_plan
+        if key.shape[1] != query.shape[1]:
+            return Dense(f"there are {query.shape[1]} queries and {key.shape[1]} keys: it is cross-attention")
+        if not query.dtype == key.dtype == value.dtype:
+            return Dense(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
+        if plan.grid is not None:
+            expected, text = plan.grid.visual_tokens, plan.grid.text_tokens
+            if query.shape[1] < expected or (not text and query.shape[1] != expected):
+                return Dense(f"there are {query.shape[1]} tokens; the plan has {expected}")
+        operator = self._operator
+        if operator is None or not operator.fits(query, scale):
+            if torch.compiler.is_compiling():
+                raise InputError(
+                    f"paroattn has no operator for {query.dtype} on {query.device} in compiled code; apply it after "
+                    "torch.compile(pipe.transformer), or compile with pipe.transformer.compile_repeated_blocks()"
+                )
+            operator = self.make_ready(query.dtype, scale)
+        return operator(query, key, value, bucket=bucket, key_mask=key_mask)
+
+
+def part_of(plan: Plan, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Plan:
+    """The plan of some layers and heads, in the order given; `InputError` for numbers that it does not have."""
+    model = plan.model
+    for name, numbers, count in (("layers", layers, model.layers), ("heads", heads, model.heads)):
+        wrong = [number for number in numbers or () if not 0 <= number < count]
+        if wrong or (numbers is not None and not len(numbers)):
+            raise InputError(f"{name} are {list(numbers or ())}; expected numbers from 0 to {count - 1}")
+    if layers is None and heads is None:
+        return plan
+    rows = torch.tensor(range(model.layers) if layers is None else layers)
+    columns = torch.tensor(range(model.heads) if heads is None else heads)
+
+    def taken(tensor: Tensor) -> Tensor:
+        return tensor.index_select(-2, rows).index_select(-1, columns)
+
+    return replace(
+        plan,
+        model=replace(model, layers=len(rows), heads=len(columns)),
+        order_index=taken(plan.order_index),
+        precision_index=taken(plan.precision_index),
+        mask_index=taken(plan.mask_index),
+        compensate=taken(plan.compensate),
+        usage=plan.usage.index_select(-1, rows),
+    )
+
+
+def resident(table: Tensor, device: torch.device) -> Tensor:
+    """A table where kernels of a device read it: small ones on the device, large ones of a GPU in pinned host memory.
+
+    Only the masks of a call are read from there, in a small part of the time that the call takes.
+    """
+    if device.type != "cuda" or table.nbytes <= MOST_ON_GPU:
+        return table.to(device)
+    with torch.cuda.device(device):
+        return torch.as_tensor(_Mapped(table.pin_memory()), device=device)
+
+
+class _Mapped:
+    """Pinned host memory as the device sees it, by the protocol with which torch takes over other libraries' arrays."""
+
+    def __init__(self, pinned: Tensor):
+        self._pinned = pinned  # lives as long as the tensor that is made of this
+        self.__cuda_array_interface__ = {
+            "shape": tuple(pinned.shape),
+            "typestr": "|u1",
+            "data": (pinned.data_ptr(), False),
+            "version": 3,
+        }
