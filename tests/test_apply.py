@@ -236,6 +236,33 @@ def test_two_requests_in_two_threads_of_one_transformer_of_which_one_is_not_cove
     assert (report.planned, sum(report.dense.values())) == (5 * 8 * 2, 4 * 8 * 2)
 
 
+def test_two_threads_of_one_compiled_transformer_are_refused():
+    """Compiled code cannot tell threads apart in all versions of PyTorch."""
+    pipe = tiny.tiny_wan()
+    with paroattn.apply(pipe, tiny.make_plan(pipe)):
+        pipe.transformer.compile(fullgraph=True, backend="eager")
+        expected = tiny.latents(pipe)
+        found = []
+
+        def call_from_another_thread(*_):
+            hook.remove()
+            thread = threading.Thread(target=lambda: found.append(_error_of(lambda: tiny.latents(pipe))))
+            thread.start()
+            thread.join()
+
+        hook = pipe.transformer.register_forward_pre_hook(torch.compiler.disable(call_from_another_thread))
+        assert torch.equal(tiny.latents(pipe), expected)
+    assert "two threads call one compiled transformer at once" in found[0]
+
+
+def _error_of(run):
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
 def test_copies_of_an_applied_pipeline_say_what_to_do(copied):
     pipe = tiny.tiny_wan()
@@ -280,7 +307,7 @@ def test_apply_changes_all_or_nothing(monkeypatch):
     pipe = tiny.tiny_wan()
     processors = dict(pipe.transformer.attn_processors)
     plan = tiny.make_plan(pipe)
-    monkeypatch.setattr(Pipeline, "hook_before", lambda *_: 1 / 0)
+    monkeypatch.setattr(Pipeline, "hook", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         paroattn.apply(pipe, plan)
     assert all(pipe.transformer.attn_processors[name] is processor for name, processor in processors.items())

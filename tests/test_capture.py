@@ -19,7 +19,7 @@ GRID, NAMES, SCALE = TokenGrid(3, 5, 7, 4, "prefix"), ("FHW", "WHF"), 0.4
 def call(seed, layer=0, grid=GRID, heads=2, key_mask=None):
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(2, grid.tokens, heads, 8, generator=generator) for _ in range(3))
-    return ObservedCall(layer, 0, 1, grid, query, key, value, key_mask, SCALE, dense=lambda: value)
+    return ObservedCall(layer, 0, 1, 1.0, grid, query, key, value, key_mask, SCALE, dense=lambda: value)
 
 
 def brute_metrics(q, k, order, epsilon, sigma, rows=None):

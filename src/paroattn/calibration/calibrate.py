@@ -101,8 +101,8 @@ def calibrate(
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
     density, goal, parsed = check_choice(density, target_psnr, target_speed_up, precision)
-    check_precision(pipe, parsed)
     selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers)
+    check_precision(pipe, parsed)
     costs = collect_costs(
         pipe,
         prompts,

@@ -102,12 +102,13 @@ class Handle:
         self._ready_for: set[tuple[torch.device, torch.dtype]] = set()
         self._lock = threading.Lock()
         self._counts: Counter[str | None] = Counter()
-        self._request = _Request()
+        self._requests = [_Request() for _ in pipeline.transformers]
         device, dtype = pipeline.place
         runner = self._runner(torch.device("cpu") if device.type == "meta" else device)
-        self._layers = [PlannedLayer(self, layer, self._request) for layer in range(self._identity.layers)]
+        owners = [request for request, own in zip(self._requests, pipeline.layers, strict=True) for _ in own]
+        self._layers = [PlannedLayer(self, layer, request) for layer, request in enumerate(owners)]
         self._make_ready(runner, device, dtype)
-        self._attachment = Attachment(pipeline, self._layers, self._before_forward)
+        self._attachment = Attachment(pipeline, self._layers, self._before_forward, self._after_forward)
 
     def remove(self) -> None:
         """Restore the pipeline's own attention, bitwise; what others changed since stays."""
@@ -156,10 +157,13 @@ class Handle:
         self._collect()
         tensor = forward.hidden_states
         runner = self._runner(tensor.device)
-        self._request.reason = runner.refusal(forward.grid)
-        self._request.bucket = runner.bucket(forward.descriptor.level(forward.timestep))
-        if self._request.reason is None:
+        reason, level = runner.refusal(forward.grid), forward.descriptor.level(forward.timestep)
+        self._requests[forward.transformer].begin(reason, runner.bucket(level))
+        if reason is None:
             self._make_ready(runner, tensor.device, tensor.dtype)
+
+    def _after_forward(self, transformer: int) -> None:
+        self._requests[transformer].end()
 
     def _make_ready(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         """Make operators before a forward call that may be compiled, where they could not be made."""
@@ -178,11 +182,47 @@ class Handle:
                 self.count(reason)
 
 
-class _Request(threading.local):
-    """The forward call in progress in a thread: its step bucket, or why it stays dense."""
+class _Known:
+    """What is known of a forward call: its step bucket, or why it stays dense."""
 
     reason: str | None = "attention was called outside of the transformer's forward call"
     bucket: Tensor
+
+
+class _KnownByThread(threading.local, _Known):
+    pass
+
+
+class _Request:
+    """The forward call of a transformer in progress in each thread.
+
+    Compiled code cannot read what belongs to a thread, in all versions of PyTorch: for it there is one call at a time.
+    """
+
+    def __init__(self) -> None:
+        self._by_thread = _KnownByThread()
+        self._in_compiled = _Known()
+        self._is_compiled = False
+        self._thread: threading.Thread | None = None
+
+    def begin(self, reason: str | None, bucket: Tensor) -> None:
+        own, other = threading.current_thread(), self._thread
+        if self._is_compiled and other not in (None, own) and other.is_alive():
+            raise InputError("two threads call one compiled transformer at once; give each a transformer of its own")
+        self._thread = own
+        for known in (self._by_thread, self._in_compiled):
+            known.reason, known.bucket = reason, bucket
+
+    def end(self) -> None:
+        self._thread = None
+
+    @property
+    def now(self) -> _Known:
+        """The call in progress."""
+        if not torch.compiler.is_compiling():
+            return self._by_thread
+        self._is_compiled = True
+        return self._in_compiled
 
 
 class PlannedLayer:
@@ -198,7 +238,7 @@ class PlannedLayer:
     def __call__(self, call: AttentionCall) -> Tensor:
         if not call.attends_to_itself:  # an IP-adapter's, which no plan is about
             return call.dense()
-        reason = call.refusal or self._request.reason
+        reason = call.refusal or self._request.now.reason
         output: Tensor | Dense = Dense(reason) if reason else self._attend(call)
         if isinstance(output, Dense):
             self._note(output.reason)
@@ -212,7 +252,7 @@ class PlannedLayer:
             runner = self._handle.layer_runner(self._layer, call.query.device)
         if runner is None:
             raise InputError("paroattn was applied to a transformer on the meta device; apply it where it runs")
-        bucket = self._request.bucket
+        bucket = self._request.now.bucket
         return runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask, scale=call.scale)
 
     def _note(self, reason: str | None) -> None:

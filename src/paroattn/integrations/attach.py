@@ -52,13 +52,20 @@ class Attachment:
         pipe: a diffusers pipeline.
         intercepts: one per self-attention layer; the layers of a second transformer follow those of the first.
         on_forward: see `OnForward`.
+        after_forward: called with the transformer's number when a forward call has ended, also by an error.
 
     Raises:
         InputError: paroattn is attached already, or a processor cannot be taken over; nothing is changed then. While
             generating: a transformer or a processor was replaced meanwhile.
     """
 
-    def __init__(self, pipe: Any, intercepts: Sequence[Intercept], on_forward: OnForward):
+    def __init__(
+        self,
+        pipe: Any,
+        intercepts: Sequence[Intercept],
+        on_forward: OnForward,
+        after_forward: Callable[[int], None] = lambda transformer: None,
+    ):
         self._pipeline = Pipeline(pipe)
         modules = self._pipeline.layers
         if any(is_rebound(module.processor) for own in modules for module in own):
@@ -74,8 +81,9 @@ class Attachment:
                 for module, processor in installed:
                     self._installed.append((module, module.processor, processor))
                     module.processor = processor
-                watcher = _Watcher(number, self._pipeline.transformers[number], installed, on_forward)
-                self._hooks.append(self._pipeline.hook_before(number, watcher))
+                transformer = self._pipeline.transformers[number]
+                watcher = _Watcher(number, transformer, installed, on_forward, after_forward)
+                self._hooks += self._pipeline.hook(number, before=watcher, after=watcher.ended)
             self._pipeline.watch(self._check_transformers)
         except BaseException:
             self.remove()
@@ -114,15 +122,28 @@ class Attachment:
 
 
 class _Watcher:
-    """The hook of one transformer: looks at each forward call before it runs."""
+    """The hooks of one transformer: look at each forward call before it runs, and at its end."""
 
-    def __init__(self, number: int, transformer: Any, installed: list[tuple[Any, Any]], on_forward: OnForward):
+    def __init__(
+        self,
+        number: int,
+        transformer: Any,
+        installed: list[tuple[Any, Any]],
+        on_forward: OnForward,
+        after_forward: Callable[[int], None],
+    ):
         self._number = number
         self._descriptor = describe(transformer)
         self._config = transformer.config
         self._names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._installed = installed
         self._on_forward = on_forward
+        self._after_forward = after_forward
+
+    @torch.compiler.disable
+    def ended(self, *_: object) -> None:
+        """Called after the forward call."""
+        self._after_forward(self._number)
 
     @torch.compiler.disable
     def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -112,9 +112,13 @@ class Pipeline:
             self._pipe.__class__ = _watched_class(kind)
             self._pipe._paroattn_check = check
 
-    def hook_before(self, number: int, hook: Any) -> Any:
-        """Call `hook(module, args, kwargs)` before each forward call of a transformer; never compiled with it."""
-        return self._outer[number].register_forward_pre_hook(hook, with_kwargs=True)
+    def hook(self, number: int, before: Any, after: Any) -> list[Any]:
+        """Call `before(module, args, kwargs)` and `after(module, args, output)` around calls of a transformer."""
+        outer = self._outer[number]
+        return [
+            outer.register_forward_pre_hook(before, with_kwargs=True),
+            outer.register_forward_hook(after, always_call=True),
+        ]
 
     def generate(self, **arguments: Any) -> Tensor:
         """What a call of the pipeline with these arguments returns first."""
