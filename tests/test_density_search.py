@@ -10,6 +10,7 @@ import torch
 import paroattn
 from paroattn.block_mask import unpack_bits
 from paroattn.calibration import density_search
+from paroattn.calibration.keep import least_density
 from paroattn.calibration.run import CalibrationRun
 
 CALL = tiny_models.WAN22.call()
@@ -58,7 +59,7 @@ def halving(monkeypatch, measured, **target):
     monkeypatch.setattr(density_search, "_speed", measure)
     run = CalibrationRun(tiny.tiny_wan(), ["a"], (), 0, {}, progress=False)
     run.grid = paroattn.TokenGrid(16, 16, 16)
-    found = density_search.reach(run, density_search.Goal(**target), select)
+    found = density_search.reach(run, density_search.Goal(**target), select, least_density(run.grid))
     return tried, found.provenance
 
 
@@ -101,6 +102,23 @@ def test_speed_is_measured_against_the_models_own_attention(pipe, prompts, monke
 def test_wrong_targets_and_guards_are_named_before_anything_runs(arguments, message):
     with pytest.raises(ValueError, match=message):
         paroattn.calibrate(object(), ["a cat"], progress=False, **arguments)
+
+
+@pytest.mark.parametrize("target", [{"target_speed_up": 1.0}, {"target_psnr": 1.0}], ids=str)
+def test_a_target_goes_together_with_dense_steps_and_layers(pipe, prompts, target, monkeypatch):
+    monkeypatch.setattr(density_search, "_speed", lambda run: lambda plan: 2 - plan.density())
+    settings = {"dense_steps": 0.25, "dense_layers": 1, "step_buckets": 3, "precision": "int8", "progress": False}
+    plan = paroattn.calibrate(pipe, prompts, **target, **settings)
+    assert (plan.densities()[0] == 1).all()
+    assert (plan.densities()[:, 0] == 1).all()
+
+
+def test_a_target_can_be_asked_for_where_text_takes_more_than_the_usual_density():
+    model = tiny_models.HUNYUAN
+    pipe = model.pipe()
+    assert least_density(model.grid) > 0.3
+    plan = paroattn.calibrate(pipe, [model.call()], target_psnr=1.0, progress=False)
+    assert plan.provenance["measured PSNR"] >= 1.0
 
 
 def test_dense_steps_and_layers_are_all_true_and_count(pipe, prompts):

@@ -202,11 +202,9 @@ def allocate(statistics: CostStatistics, density: float, selection: Selection = 
     The budget is spent in the order of what a block brings: along the lower convex hull of each head's error over
     density, the steepest piece first.
     """
-    least = least_density(statistics.grid, statistics.block_q)
     check_reachable(density, statistics.grid, statistics.block_q)
-    shares, guarded = statistics.shares, selection.guarded(statistics)
-    fixed = guarded | (shares == 0)
-    densities = torch.where(fixed, 1.0, torch.full_like(shares, least))
+    least, densities = least_density(statistics.grid, statistics.block_q), least_densities(statistics, selection)
+    shares, fixed = statistics.shares, selection.guarded(statistics) | (statistics.shares == 0)
     left = density - float((densities * shares).sum())
     if left < -0.5 / text_blocks(statistics.grid, statistics.block_q).numel():
         raise PlanError(
@@ -232,6 +230,12 @@ def allocate(statistics: CostStatistics, density: float, selection: Selection = 
         if left <= 0:
             break
     return flat.view_as(densities)
+
+
+def least_densities(statistics: CostStatistics, selection: Selection) -> Tensor:
+    """The least density of each head, float64 [buckets, layers, heads]: 1 where it is dense or never called."""
+    least, shares = least_density(statistics.grid, statistics.block_q), statistics.shares
+    return torch.where(selection.guarded(statistics) | (shares == 0), 1.0, torch.full_like(shares, least))
 
 
 def interpolate(errors: Tensor, densities: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK
-from paroattn.calibration.budget import CostStatistics, Selection, interpolate, select_by_cost
+from paroattn.calibration.budget import CostStatistics, Selection, interpolate, least_densities, select_by_cost
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.checkpoint import remove_work
 from paroattn.calibration.density_search import Goal, reach
-from paroattn.calibration.keep import check_density
+from paroattn.calibration.keep import check_density, least_density
 from paroattn.calibration.run import (
     ORDER_STEPS,
     CalibrationRun,
@@ -36,6 +36,7 @@ from paroattn.order import candidate_orders
 from paroattn.plan import Plan, bucket_of
 from paroattn.quantize import Precision
 
+DENSITY = 0.3  # where none is asked for
 ORDER_ROW_SHARE = 0.1  # share of the rows of blocks that are looked at to compare orders
 CHANGE_ROW_SHARE = 0.05  # the same to see how attention changes from step to step
 
@@ -106,7 +107,7 @@ def calibrate(
     costs = collect_costs(
         pipe,
         prompts,
-        densities=(density,),
+        densities=() if goal else (density,),
         block_q=block_q,
         order_names=order_names,
         dense_steps=dense_steps,
@@ -126,8 +127,9 @@ def calibrate(
         plan = select(density)
     else:
         run = CalibrationRun(pipe, prompts, (), seed, call_arguments, progress)
-        run.grid = costs.grid
-        plan = reach(run, goal, select)
+        run.grid, run.schedule = costs.grid, costs.schedule
+        least = float((least_densities(costs, selection) * costs.shares).sum())
+        plan = reach(run, goal, select, min(1.0, math.ceil(least * 1e4) / 1e4))
     remove_work(work_dir)
     return plan
 
@@ -144,7 +146,7 @@ def check_choice(
         if density is not None:
             raise InputError(f"density is {density!r} beside a target; give one of them")
         goal = Goal(target_psnr, target_speed_up)
-    density = 0.3 if density is None else density
+    density = DENSITY if density is None else density
     check_density(density)
     return density, goal, Precision.parse(precision)
 
@@ -161,7 +163,7 @@ def collect_costs(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
-    densities: Sequence[float] = (0.3,),
+    densities: Sequence[float] = (DENSITY,),
     seed: int = 0,
     step_buckets: int = 10,
     block_q: int = BLOCK,
@@ -229,7 +231,10 @@ def collect_costs(
     )
     if not effects:
         return statistics
-    middle = sorted(densities)[len(densities) // 2]
+    middle = sorted(densities)[len(densities) // 2] if densities else DENSITY
+    least = least_density(run.grid, block_q)
+    if not densities and least > middle:  # text alone takes more
+        middle = (1 + least) / 2
     draft = select_by_cost(statistics, density=middle, selection=Selection(budget="uniform"))
     draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
     measured = measure_effects(run, draft, draft_errors, seed=seed, int4=int4)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from paroattn.calibration.keep import least_density
 from paroattn.calibration.run import CalibrationRun
 from paroattn.errors import InputError, PlanError
 from paroattn.integrations.apply import apply
@@ -42,18 +41,19 @@ class Goal:
             raise InputError(f"target_speed_up is {self.speed_up!r}; expected a factor of at least 1")
 
 
-def reach(run: CalibrationRun, goal: Goal, select: Callable[[float], Plan]) -> Plan:
+def reach(run: CalibrationRun, goal: Goal, select: Callable[[float], Plan], least: float) -> Plan:
     """The sparsest plan of a quality, or the densest of a speed.
 
     Args:
-        run: has generated before, so that its grid is known.
+        run: generates from the calibration prompts.
         goal: what to reach.
         select: the plan of a density.
+        least: the least density that `select` takes.
 
     Raises:
         PlanError: even all blocks, or as few as possible, do not reach it; the message says what was measured.
     """
-    low, high = least_density(run.grid), 1.0
+    low, high = least, 1.0
     if goal.psnr is not None:
         name, wanted, measure, extreme = "PSNR", goal.psnr, _quality(run), high
     else:
