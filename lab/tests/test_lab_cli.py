@@ -244,6 +244,14 @@ def test_page_shows_a_plan_without_its_model(tiny_plan, tmp_path):
     assert run("page", tiny_plan).stdout == f"wrote {tiny_plan.with_suffix('.html')}\n"
 
 
+def test_a_page_never_takes_the_plans_place(tiny_plan):
+    before = tiny_plan.read_bytes()
+    result = run("page", tiny_plan, "--output", tiny_plan.parent / "." / tiny_plan.name)
+    assert result.exit_code == 2
+    assert "is also an input; choose another file name" in result.stderr
+    assert tiny_plan.read_bytes() == before
+
+
 @pytest.mark.parametrize(("output", "message"), [(".", "is a directory"), ("plan.txt/plan.html", "plan.txt")])
 def test_a_page_that_cannot_be_written_is_one_line(tiny_plan, tmp_path, monkeypatch, output, message):
     monkeypatch.chdir(tmp_path)
