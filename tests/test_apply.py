@@ -136,6 +136,20 @@ def test_plan_of_another_number_of_heads_or_layers_is_refused(pipe):
         paroattn.apply(pipe, tiny.make_plan(tiny.tiny_wan(layers=3)))
 
 
+def test_a_plan_fits_subclasses_quantised_weights_and_newer_configs_but_no_other_patches():
+    pipe = tiny.tiny_wan()
+    plan = tiny.make_plan(pipe)
+    kind = type(pipe.transformer)
+    pipe.transformer.register_to_config(new_in_a_later_diffusers=True, quantization_config={"quant_type": "int8wo"})
+    pipe.transformer.__class__ = type("WanTransformerOfMine", (kind,), {})
+    with paroattn.apply(pipe, plan, strict=True) as handle:
+        tiny.latents(pipe)
+    assert handle.report().planned == 4 * 2
+    pipe.transformer.register_to_config(patch_size=(1, 4, 4))
+    with pytest.raises(paroattn.PlanError, match="the config differs"):
+        paroattn.apply(pipe, plan)
+
+
 ANOTHER_GRID = r"plan is for grid 6x4x5 \(120 visual tokens\); this request has grid 6x3x5 \(90 visual tokens\)"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import paroattn
 from paroattn import runner
 from paroattn.block_mask import block_count, text_blocks
+from paroattn.calibration.checkpoint import weights_fingerprint
 
 MODEL = tiny_models.COGVIDEOX
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -132,8 +133,15 @@ def test_quantised_weights_go_together_with_a_plan(pipe):
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
     expected = MODEL.latents(pipe)
+    assert weights_fingerprint([pipe.transformer]) == weights_fingerprint([pipe.transformer])
+    assert weights_fingerprint([pipe.transformer]) != weights_fingerprint([MODEL.pipe().transformer.apply(_negate)])
     with paroattn.apply(pipe, dense_plan(pipe)):
         assert 0 < relative_error(MODEL.latents(pipe), expected) < 1e-4
+
+
+def _negate(module):
+    for parameter in module.parameters(recurse=False):
+        parameter.data.neg_()
 
 
 @pytest.mark.parametrize("first", ["adapter", "apply"])

@@ -94,7 +94,12 @@ def fingerprint(**parts: Any) -> str:
 def weights_fingerprint(modules: Sequence[torch.nn.Module]) -> str:
     """Of a few weights of each parameter: enough to tell a fine-tune from its origin."""
     parameters = [parameter for module in modules for parameter in module.parameters() if not parameter.is_meta]
-    return fingerprint(weights=[parameter.detach().flatten()[:4].float() for parameter in parameters])
+    return fingerprint(weights=[_plain(parameter.detach()).flatten()[:4].float() for parameter in parameters])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The values of a tensor, also of one that a library keeps in fewer bits."""
+    return tensor if type(tensor) is Tensor or not hasattr(tensor, "dequantize") else tensor.dequantize()
 
 
 def _feed(digest: Any, value: Any) -> None:
