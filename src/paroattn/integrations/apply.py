@@ -99,7 +99,7 @@ class Handle:
         self._backend = backend
         self.strict = strict
         self._runners: dict[torch.device, Runner] = {}
-        self._ready_for: set[tuple[torch.device, torch.dtype]] = set()
+        self._ready_for: tuple[torch.device, torch.dtype] | None = None
         self._lock = threading.Lock()
         self._counts: Counter[str | None] = Counter()
         self._requests = [_Request() for _ in pipeline.transformers]
@@ -132,13 +132,12 @@ class Handle:
     def count(self, reason: str | None) -> None:
         """Count a call that ran as planned (None) or with the model's own attention."""
         with self._lock:
-            first = reason is not None and not self._counts[reason]
             self._counts[reason] += 1
-        if not first:
-            return
-        if self.strict:
+            first = self._counts[reason] == 1
+        if reason is not None and self.strict:
             raise PlanError(f"{reason}. Calibrate for such requests, load a matching plan, or do not ask for strict.")
-        warnings.warn(f"{reason}: the model's own attention runs instead", stacklevel=2)
+        if reason is not None and first:
+            warnings.warn(f"{reason}: the model's own attention runs instead", stacklevel=2)
 
     def layer_runner(self, layer: int, device: torch.device) -> LayerRunner:
         """What computes a layer on a device."""
@@ -167,9 +166,9 @@ class Handle:
 
     def _make_ready(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         """Make operators before a forward call that may be compiled, where they could not be made."""
-        if device.type == "meta" or (device, dtype) in self._ready_for:
+        if device.type == "meta" or self._ready_for == (device, dtype):
             return
-        self._ready_for.add((device, dtype))
+        self._ready_for = (device, dtype)
         for layer, own in zip(self._layers, runner.layers, strict=True):
             own.make_ready(dtype)
             layer.runner = own
