@@ -40,9 +40,8 @@ wheels: dist/built
 	$(BIN)/python .ci/check_wheels.py
 
 dist/built: .venv/installed $(wildcard csrc/*) $(shell find src lab/paroattn_lab lab/models -name '*.py' -o -name '*.cu')
-	rm -rf dist
-	for project in . lab lab/models; do $(BIN)/python -m build --outdir dist $$project >dist.log || exit 1; done
-	rm dist.log
+	rm -rf dist && mkdir -p dist build
+	for project in . lab lab/models; do $(BIN)/python -m build --outdir dist $$project >build/dist.log || exit 1; done
 	touch $@
 
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -264,12 +265,12 @@ class Plan:
 
 def bucket_of(edges: tuple[float, ...], step: int, num_steps: int) -> int:
     """Index of the last bucket edge that is not after `step / num_steps`."""
-    fraction = step / num_steps + 1e-9  # edges such as 1/3 must not lose their own step to rounding
-    return max(index for index, edge in enumerate(edges) if edge <= fraction)
+    return bisect_right(first_steps(edges, num_steps), step) - 1
 
 
 def first_steps(edges: tuple[float, ...], num_steps: int) -> list[int]:
     """The first step of each bucket in a schedule of `num_steps` steps."""
+    # Edges such as 1/3 must not lose their own step to rounding.
     return [math.ceil(edge * num_steps - 1e-6) for edge in edges]
 
 

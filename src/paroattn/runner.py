@@ -69,30 +69,38 @@ class Runner:
     ):
         kind = CallKind(plan.precisions, block_shape=(plan.block_q, plan.block_kv))
         choose_backend(backend, kind)
-        part = part_of(plan, layers, heads)
-        self.grid: TokenGrid | None = plan.grid
-        self._device = torch.device(device)
-        self._levels = torch.tensor(plan.bucket_levels, dtype=torch.float32, device=device)
-        table, index = resident(part.mask_table, self._device), part.mask_index.to(device)
+        part, device = part_of(plan, layers, heads), torch.device(device)
+        table, index = resident(part.mask_table, device), part.mask_index.to(device)
         light = replace(part, mask_table=part.mask_table[:1], mask_index=torch.zeros_like(part.mask_index))
-        self.layers = [
-            LayerRunner(replace(layer, mask_table=table, mask_index=index[:, number]), self._device, backend)
+        layer_plans = [
+            replace(layer, mask_table=table, mask_index=index[:, number])
             for number, layer in enumerate(light.layers(device))
         ]
+        self._set_up(layer_plans, plan.grid, plan.bucket_levels, device, backend)
 
     @classmethod
     def of_precision(
         cls, precision: Precision, model: ModelIdentity, device: torch.device | str, backend: str = "auto"
     ) -> Runner:
         """A runner that computes all blocks of any number of tokens in a precision."""
-        runner = cls.__new__(cls)
-        runner.grid = None
-        runner._device = torch.device(device)
-        runner._levels = torch.zeros(0, device=device, dtype=torch.float32)
         layer = LayerPlan(precisions=(precision,) * model.heads)
         choose_for_layer(backend, layer)
-        runner.layers = [LayerRunner(layer, runner._device, backend) for _ in range(model.layers)]
+        runner = cls.__new__(cls)
+        runner._set_up([layer] * model.layers, None, (), torch.device(device), backend)
         return runner
+
+    def _set_up(
+        self,
+        layers: Sequence[LayerPlan],
+        grid: TokenGrid | None,
+        levels: Sequence[float],
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.grid = grid
+        self._levels = torch.tensor(levels, dtype=torch.float32, device=device)
+        self._device = device
+        self.layers = [LayerRunner(layer, device, backend) for layer in layers]
 
     def bucket(self, level: Tensor | float) -> Tensor:
         """The step bucket of calls at a noise level, a 0-dim tensor on the device; nothing waits for its value.
@@ -153,9 +161,12 @@ class LayerRunner:
         self._operator: PreparedAttention | None = None
 
     def make_ready(self, dtype: torch.dtype, scale: float | None = None) -> PreparedAttention:
-        """Make the operator for a dtype."""
-        self._operator = PreparedAttention(self._layer_plan, self._device, dtype, "NHD", scale, self._backend)
-        return self._operator
+        """The operator for a dtype, made unless it is there."""
+        operator = self._operator
+        if operator is None or (operator.dtype, operator.scale) != (dtype, scale):
+            operator = PreparedAttention(self._layer_plan, self._device, dtype, "NHD", scale, self._backend)
+            self._operator = operator
+        return operator
 
     def __call__(
         self,

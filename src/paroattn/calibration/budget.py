@@ -98,12 +98,15 @@ class Selection:
         if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
             raise InputError(f"dense_layers is {self.dense_layers!r}; expected a number of layers, at least 0")
 
-    def guarded(self, statistics: CostStatistics) -> Tensor:
-        """Where all blocks are computed whatever they cost: dense steps and layers, bool [buckets, layers, heads]."""
+    def fixed(self, statistics: CostStatistics) -> Tensor:
+        """Where all blocks are kept whatever they cost, bool [buckets, layers, heads].
+
+        These are dense steps and layers, and layers that are never called in a bucket.
+        """
         buckets, layers, heads = statistics.norms.shape
         early = torch.tensor([edge < self.dense_steps - 1e-9 for edge in statistics.bucket_edges])
         first = torch.arange(layers) < self.dense_layers
-        return (early.unsqueeze(1) | first).unsqueeze(-1).expand(buckets, layers, heads)
+        return (early.unsqueeze(1) | first).unsqueeze(-1).expand(buckets, layers, heads) | (statistics.shares == 0)
 
 
 def select_by_cost(
@@ -141,7 +144,7 @@ def select_by_cost(
     masks = MaskTable((*compensate.shape, *required.shape))
     owed = 0.0  # blocks times share of all calls that rounding to whole blocks has left to spend
     shares, blocks = statistics.shares, required.numel()
-    sparse = (shares > 0) & ~selection.guarded(statistics)
+    sparse = ~selection.fixed(statistics)
     compensate &= sparse  # where nothing is skipped there is nothing to approximate
     for bucket, layer, head in sparse.nonzero().tolist():
         place = (bucket, layer, head)
@@ -204,7 +207,7 @@ def allocate(statistics: CostStatistics, density: float, selection: Selection = 
     """
     check_reachable(density, statistics.grid, statistics.block_q)
     least, densities = least_density(statistics.grid, statistics.block_q), least_densities(statistics, selection)
-    shares, fixed = statistics.shares, selection.guarded(statistics) | (statistics.shares == 0)
+    shares, fixed = statistics.shares, selection.fixed(statistics)
     left = density - float((densities * shares).sum())
     if left < -0.5 / text_blocks(statistics.grid, statistics.block_q).numel():
         raise PlanError(
@@ -233,9 +236,9 @@ def allocate(statistics: CostStatistics, density: float, selection: Selection = 
 
 
 def least_densities(statistics: CostStatistics, selection: Selection) -> Tensor:
-    """The least density of each head, float64 [buckets, layers, heads]: 1 where it is dense or never called."""
-    least, shares = least_density(statistics.grid, statistics.block_q), statistics.shares
-    return torch.where(selection.guarded(statistics) | (shares == 0), 1.0, torch.full_like(shares, least))
+    """The least density of each head, float64 [buckets, layers, heads]: 1 where all blocks are computed."""
+    least = least_density(statistics.grid, statistics.block_q)
+    return torch.where(selection.fixed(statistics), 1.0, torch.full_like(statistics.norms, least, dtype=torch.float64))
 
 
 def interpolate(errors: Tensor, densities: Tensor) -> Tensor:

@@ -123,8 +123,10 @@ class _HeadProbe:
     def __init__(self, pipeline: Pipeline, draft: Plan, bucket: int, int4: bool):
         self._pipeline = pipeline
         self._shape = (draft.model.layers, draft.model.heads)
-        in_int4 = replace(draft, precisions=(Precision("int4", "int4"),) * len(draft.precisions))
-        self._plans = (draft, in_int4) if int4 else ()
+        self._plans: tuple[Plan, ...] = ()
+        if int4:
+            in_int4 = replace(draft, precisions=(Precision("int4", "int4"),) * len(draft.precisions))
+            self._plans = (draft, in_int4)
         self._runners: list[Runner] = []
         self._bucket = torch.tensor(bucket)
 

@@ -130,11 +130,7 @@ class _Redirected:
                 backend=backend,
             )
 
-        refusal = _refusal_of(attn_mask, is_causal, key)
-        key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
-        cast_query, cast_key, cast_value = _as_autocast(query, key, value)
-        call = AttentionCall(cast_query, cast_key, cast_value, key_mask, scale, dense, refusal)
-        return self._paroattn_intercept(call)
+        return self._paroattn_intercept(_call_of(query, key, value, attn_mask, is_causal, scale, dense))
 
     def _paroattn_sdpa(
         self,
@@ -155,11 +151,25 @@ class _Redirected:
             )
             return output.transpose(1, 2)
 
-        query_nhd, key_nhd, value_nhd = _as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        refusal = _refusal_of(attn_mask, is_causal, key_nhd)
-        key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key_nhd.shape[:2])
-        call = AttentionCall(query_nhd, key_nhd, value_nhd, key_mask, scale, dense, refusal)
+        tensors = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        call = _call_of(*tensors, attn_mask, is_causal, scale, dense)
         return self._paroattn_intercept(call).transpose(1, 2)
+
+
+def _call_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dense: Callable[[], Tensor],
+) -> AttentionCall:
+    """A redirected call as an intercept gets it; tensors [B, N, H, D]."""
+    refusal = _refusal_of(attn_mask, is_causal, key)
+    key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
+    query, key, value = _as_autocast(query, key, value)
+    return AttentionCall(query, key, value, key_mask, scale, dense, refusal)
 
 
 def _refusal_of(attn_mask: Tensor | None, is_causal: bool, key: Tensor) -> str | None:
