@@ -8,6 +8,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 
+from paroattn.cli import main
 from paroattn.cli.group import command_line
 from paroattn.cli.models import GenerationSettings, load_model
 from paroattn.plan import Plan
@@ -81,6 +82,33 @@ def test_generate_writes_a_video_with_the_plan(wan, plan_path, tmp_path, suffix)
     assert path.stat().st_size > 500
 
 
+def test_sizes_that_the_model_rounds_are_told(wan, tmp_path):
+    path = tmp_path / "video.gif"
+    result = run("generate", "--model", wan, "--prompt", "a dog", "--output", path, *SIZE, "--frames", "20")
+    assert result.exit_code == 0, result.output
+    assert "21 frames of 80 x 64 pixels; the model rounds sizes" in result.output
+
+
+def test_guidance_may_be_zero(wan):
+    model = load_model(str(wan), device="cpu", height=64, width=80, num_frames=9, num_inference_steps=2)
+    frames = {}
+    for scale in (0.0, 1.0, 5.0):
+        model.settings = model.settings.changed({"guidance_scale": scale})
+        frames[scale] = model.generate("a cat", seed=1)
+    assert torch.equal(frames[0.0], frames[1.0])
+    assert not torch.equal(frames[0.0], frames[5.0])
+
+
+def test_an_interruption_while_imports_run_is_no_traceback(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paroattn.cli.require", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+
+
 def test_a_pipeline_generates_from_prompt_and_seed(wan):
     model = load_model(str(wan), device="cpu", height=64, width=80, num_frames=9, num_inference_steps=2)
     frames = model.generate("a cat", seed=1)
@@ -130,6 +158,8 @@ def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
         (["calibrate", "--output", __file__ + "/plan.safetensors"], "cannot be written"),
         (["generate", "--prompt", "a cat", "--output", __file__ + "/a.mp4"], "test_cli.py' is no directory"),
         (["generate"], "Missing option '--prompt'"),
+        (["generate", "--model", "WAN", "--prompt", "a cat", *SIZE, "--height", "60"], "refuses its arguments: "),
+        (["calibrate", "--model", "WAN", "--calibration-prompt", "a", *SIZE, "--width", "9"], "to be divisible by"),
         (["generate", "--prompt", "a cat", "--output", "video.avi"], "no known suffix"),
         (["generate", "--prompt", "a cat", "--plan", "missing.safetensors"], "does not exist"),
         (["generate", "--model", "WAN", "--prompt", "a cat", "--precision", "int3", *SIZE], "int3"),

@@ -138,7 +138,9 @@ def test_of_two_transformers_each_has_its_own_steps(monkeypatch):
     assert set(plan.usage.unique().tolist()) == {0.0, 1.0}  # a bucket begins where the second takes over
     assert torch.equal(called[0] + called[1], torch.ones_like(called[0]))
     densities = plan.densities()
-    assert (densities[plan.usage == 0] == 1).all()  # where a layer is not called it would be dense
+    first, second = ((own > 0).all(1).nonzero().flatten() for own in called.values())
+    assert (plan.mask_index[second, :2] == plan.mask_index[first[-1], :2]).all()  # where a layer is not called it has
+    assert (plan.mask_index[first, 2:] == plan.mask_index[second[0], 2:]).all()  # the masks of the nearest bucket
     lengths = torch.tensor([*plan.bucket_edges, 1.0], dtype=torch.float64).diff()
     weights = lengths.view(-1, 1, 1) * plan.usage.unsqueeze(-1).expand(densities.shape)
     assert plan.density() == pytest.approx(float((densities * weights).sum() / weights.sum()))
@@ -147,6 +149,29 @@ def test_of_two_transformers_each_has_its_own_steps(monkeypatch):
         model.latents(pipe, steps=6)
     assert {call[0] for call in calls} == set(range(plan.buckets))
     assert len({id(call[3]) for call in calls}) == 4
+
+    # Another boundary than the calibrated one is covered, too.
+    pipe.register_to_config(boundary_ratio=0.5)
+    calls.clear()
+    full = model.latents(pipe, steps=6)
+    with paroattn.apply(pipe, plan, strict=True) as handle:
+        assert relative_error(model.latents(pipe, steps=6), full) > 1e-5
+    assert handle.report().dense == {}
+
+
+def test_a_transformer_that_was_never_calibrated_stays_dense_and_says_so():
+    model = tiny_models.WAN22
+    pipe = model.pipe()
+    pipe.register_to_config(boundary_ratio=0.0)  # the first takes all steps
+    plan = paroattn.calibrate(pipe, [model.call()], density=0.8, progress=False)
+    assert not plan.usage[:, 2:].any()
+    pipe.register_to_config(boundary_ratio=0.8)
+    with pytest.warns(UserWarning, match="never called this layer"), paroattn.apply(pipe, plan) as handle:
+        model.latents(pipe)
+    (reason,) = handle.report().dense
+    assert "never called this layer" in reason
+    with pytest.raises(paroattn.PlanError, match="never called this layer"), paroattn.apply(pipe, plan, strict=True):
+        model.latents(pipe)
 
 
 REPEATED = {"cogvideox": "CogVideoXBlock", "mochi": "MochiTransformerBlock", "sd3": "JointTransformerBlock"}

@@ -111,7 +111,7 @@ def test_tensor_without_dimensions(tmp_path):
     refused(tmp_path / "plan")
 
 
-@pytest.mark.parametrize("header", ["[]", '"text"', "3", "null", "{}"])
+@pytest.mark.parametrize("header", ["[]", '"text"', "3", "null", "{}", "[" * 100_000, '{"version":' * 100_000])
 def test_header_that_is_no_object(tmp_path, header):
     tensors = {name: getattr(make_plan(), name) for name in TENSORS}
     save_file(tensors, tmp_path / "plan", metadata={"paroattn_plan": header})

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import random
 import threading
 import warnings
@@ -17,7 +18,7 @@ from paroattn.block_mask import block_count, text_blocks
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.ops import prepare
 
-OPERATIONS = 50  # of each of four models
+OPERATIONS = int(os.environ.get("PAROATTN_OPERATIONS", "50"))  # of each of four models
 MODELS = {"cogvideox": {"height": 32}, "wan2.2": {"height": 64}, "ltx": {"height": 128}, "qwen": {"height": 16}}
 
 
@@ -146,7 +147,22 @@ class User:
                 self.model.latents(self.pipe, 2)
         self.pipe.transformer = own
 
+    def compile(self):
+        """By Dynamo alone, whose code computes what Python would; a second time takes it back."""
+        transformer = self.pipe.transformer
+        torch._dynamo.reset()
+        if transformer._compiled_call_impl is None:
+            transformer.compile(backend="eager")
+        else:
+            transformer._compiled_call_impl = None
+            if self.handle is not None:  # a handle whose layers were compiled once goes on serving one thread at a time
+                self.remove()
+                self.apply()
+        self.check()
+
     def use_threads(self):
+        if self.pipe.transformer._compiled_call_impl is not None:
+            return  # compiled code serves one thread at a time
         count, found, drawn = torch.get_num_threads(), {}, []
         for _ in range(2):
             pipe = copy.copy(self.pipe)

@@ -63,6 +63,11 @@ assert paroattn.attention(q, q, q, precision="int8").shape == q.shape
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_package_does_not_wait_for_torch():
+    code = "import sys, paroattn, paroattn.cli; assert not {'torch', 'numpy', 'diffusers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_missing_part_is_answered_with_the_line_that_installs_it():
     require("paroattn[cli]", "json")
     with pytest.raises(

@@ -94,6 +94,11 @@ def test_ablate_compares_methods_and_writes_a_record_each(tmp_path):
         (["evaluate", "--density", "0", *SMALL], "density is 0"),
         (["evaluate", "--prompt", "a purple zebra", *SMALL], "unknown words"),
         (["page", "missing.safetensors"], "does not exist"),
+        (["demo", "--report", __file__ + "/page.html"], "test_lab_cli.py' is no directory"),
+        (["evaluate", "--prompt-file", "p.txt", "--report", "p.txt"], "output 'p.txt' is also an input"),
+        (["ablate", "--output-dir", __file__ + "/runs"], "records.jsonl' cannot be written"),
+        (["bench", "attention", "--output", __file__ + "/a.jsonl"], "test_lab_cli.py' is no directory"),
+        (["bench", "model", "--plan", "p", "--output", "p"], "output 'p' is also an input"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, message):

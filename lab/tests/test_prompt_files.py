@@ -12,6 +12,13 @@ def test_every_line_that_is_not_empty_is_a_prompt(tmp_path):
     assert read_prompts(path) == [FilePrompt("a cat"), FilePrompt("a harbour at dawn, 日の出")]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "lines.txt").write_text("a cat\n", encoding="utf-8-sig")
+    (tmp_path / "list.json").write_text('[{"prompt_en": "a cat"}]', encoding="utf-8-sig")
+    for name in ("lines.txt", "list.json"):
+        assert read_prompts(tmp_path / name) == [FilePrompt("a cat")]
+
+
 def test_vbench_lists_have_dimensions(tmp_path):
     path = tmp_path / "VBench_full_info.json"
     entries = [

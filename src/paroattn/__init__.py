@@ -4,18 +4,19 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from paroattn.block_mask import BlockMask
-from paroattn.errors import InputError, MissingPartError, PlanError, require
-from paroattn.grid import TokenGrid
-from paroattn.ops import attention, backends, prepare
-from paroattn.plan import LayerPlan, Plan
-from paroattn.quantize import Precision
-
 if TYPE_CHECKING:
+    from paroattn.block_mask import BlockMask
     from paroattn.calibration.calibrate import calibrate
     from paroattn.calibration.paper import calibrate_paper
+    from paroattn.errors import InputError, MissingPartError, PlanError
+    from paroattn.grid import TokenGrid
     from paroattn.integrations.apply import apply
     from paroattn.integrations.observe import observe
+    from paroattn.ops.attention import attention
+    from paroattn.ops.backend import backends
+    from paroattn.ops.prepared import prepare
+    from paroattn.plan import LayerPlan, Plan
+    from paroattn.quantize import Precision
 
 __version__ = version("paroattn")
 
@@ -37,6 +38,19 @@ __all__ = [
     "prepare",
 ]
 
+_NEED_TORCH = {
+    "BlockMask": "paroattn.block_mask",
+    "InputError": "paroattn.errors",
+    "LayerPlan": "paroattn.plan",
+    "MissingPartError": "paroattn.errors",
+    "Plan": "paroattn.plan",
+    "PlanError": "paroattn.errors",
+    "Precision": "paroattn.quantize",
+    "TokenGrid": "paroattn.grid",
+    "attention": "paroattn.ops",
+    "backends": "paroattn.ops",
+    "prepare": "paroattn.ops",
+}
 _NEED_DIFFUSERS = {
     "apply": "paroattn.integrations.apply",
     "calibrate": "paroattn.calibration.calibrate",
@@ -46,8 +60,14 @@ _NEED_DIFFUSERS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use what brings diffusers, which the operator alone does not need."""
-    if name not in _NEED_DIFFUSERS:
-        raise AttributeError(f"module 'paroattn' has no attribute {name!r}")
-    require("paroattn[diffusers]", "diffusers")
-    return getattr(import_module(_NEED_DIFFUSERS[name]), name)
+    """Import on first use: torch takes seconds, and the operator alone does not need diffusers."""
+    module = _NEED_TORCH.get(name)
+    if module is None:
+        if name not in _NEED_DIFFUSERS:
+            raise AttributeError(f"module 'paroattn' has no attribute {name!r}")
+        from paroattn.errors import require
+
+        require("paroattn[diffusers]", "diffusers")
+        module = _NEED_DIFFUSERS[name]
+    globals()[name] = getattr(import_module(module), name)
+    return globals()[name]

@@ -294,7 +294,7 @@ def _from_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
     try:
         header = json.loads(metadata[_HEADER_KEY])
         version = header["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise PlanError(f"the plan's header cannot be read ({error!r}); make the plan anew") from error
     if version != FORMAT_VERSION:
         raise PlanError(f"plan format version is {version!r}; this paroattn reads {FORMAT_VERSION}. Calibrate again.")

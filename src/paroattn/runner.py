@@ -76,7 +76,7 @@ class Runner:
             replace(layer, mask_table=table, mask_index=index[:, number])
             for number, layer in enumerate(light.layers(device))
         ]
-        self._set_up(layer_plans, plan.grid, plan.bucket_levels, device, backend)
+        self._set_up(layer_plans, plan.grid, plan.bucket_levels, device, backend, (part.usage > 0).any(0).tolist())
 
     @classmethod
     def of_precision(
@@ -86,7 +86,8 @@ class Runner:
         layer = LayerPlan(precisions=(precision,) * model.heads)
         choose_for_layer(backend, layer)
         runner = cls.__new__(cls)
-        runner._set_up([layer] * model.layers, None, (), torch.device(device), backend)
+        layers = [layer] * model.layers
+        runner._set_up(layers, None, (), torch.device(device), backend, [True] * model.layers)
         return runner
 
     def _set_up(
@@ -96,11 +97,12 @@ class Runner:
         levels: Sequence[float],
         device: torch.device,
         backend: str,
+        calibrated: Sequence[bool],
     ) -> None:
         self.grid = grid
         self._levels = torch.tensor(levels, dtype=torch.float32, device=device)
         self._device = device
-        self.layers = [LayerRunner(layer, device, backend) for layer in layers]
+        self.layers = [LayerRunner(layer, device, backend, own) for layer, own in zip(layers, calibrated, strict=True)]
 
     def bucket(self, level: Tensor | float) -> Tensor:
         """The step bucket of calls at a noise level, a 0-dim tensor on the device; nothing waits for its value.
@@ -154,8 +156,9 @@ class Runner:
 class LayerRunner:
     """One layer of a runner; its operator is made at the first call, or ahead of compiled code by `make_ready`."""
 
-    def __init__(self, layer_plan: LayerPlan, device: torch.device, backend: str):
+    def __init__(self, layer_plan: LayerPlan, device: torch.device, backend: str, calibrated: bool):
         self._layer_plan = layer_plan
+        self._calibrated = calibrated
         self._device = device
         self._backend = backend
         self._operator: PreparedAttention | None = None
@@ -180,6 +183,8 @@ class LayerRunner:
     ) -> Tensor | Dense:
         """As `Runner.call`."""
         plan = self._layer_plan
+        if not self._calibrated:
+            return Dense("the plan's calibration never called this layer: it ran other steps of the schedule")
         if key.shape[1] != query.shape[1]:
             return Dense(f"there are {query.shape[1]} queries and {key.shape[1]} keys: it is cross-attention")
         if not query.dtype == key.dtype == value.dtype:

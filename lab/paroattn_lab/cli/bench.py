@@ -21,6 +21,7 @@ from paroattn.cli.options import (
     path_option,
     seed_option,
 )
+from paroattn.files import check_output
 from paroattn.plan import Plan
 from paroattn_lab.cli.options import require_metrics
 
@@ -82,6 +83,8 @@ def bench_attention(
     bf16; on a GPU, in bf16, SDPA's kernels and the packages that are installed.
     """
     require_metrics()
+    if output is not None:
+        check_output(output)
     from paroattn_lab.report.tables import attention_table
     from paroattn_lab.speed.bench import Shape
     from paroattn_lab.speed.bench import bench_attention as run
@@ -168,6 +171,8 @@ def bench_model(
     from paroattn_lab.report.tables import model_table
     from paroattn_lab.speed import model_bench, subjects
 
+    if output is not None:
+        check_output(output, *([plan_path] if plan_path else []))
     Precision.parse(precision)
     for density in settings["densities"]:
         check_density(density)

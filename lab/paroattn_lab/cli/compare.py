@@ -24,6 +24,7 @@ from paroattn.files import plain_name
 from paroattn.plan import Plan
 from paroattn_lab.cli.options import (
     DENSITIES,
+    check_outputs,
     chosen_model,
     comparison_options,
     demo_model_options,
@@ -65,6 +66,7 @@ def demo(
     Writes a page with the videos (images) side by side. Takes five to ten minutes on two CPU cores.
     """
     require_report()
+    check_outputs(output_dir, report)
     name = chosen_model(model, image=image, on_gpu=chosen_device(device).type == "cuda")
     loaded = load(name, device, **settings)
     calibration, pairs = calibration_prompts_of(loaded, ()), evaluation_pairs_of(loaded, (), None, _DEMO_PAIRS)
@@ -136,6 +138,7 @@ def evaluate(
     if precisions and not methods:
         raise click.UsageError(f"--precision is {precisions[0]}, which needs --method paper or paroattn")
     require_report()
+    check_outputs(output_dir, report, *plans, *([prompt_file] if prompt_file else []))
     _check_methods(methods)
     densities = tuple(dict.fromkeys(densities))
     _check_densities(densities)
@@ -225,6 +228,7 @@ def ablate(
     from paroattn_lab.report.tables import ablation_table
 
     require_report()
+    check_outputs(output_dir, report, *([prompt_file] if prompt_file else []))
     _check_methods(methods)
     learned = find_learned_metrics(clip_model, fvd_model)
     _check_densities(densities)

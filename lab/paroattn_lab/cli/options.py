@@ -10,6 +10,7 @@ from paroattn.cli.frames import require_video_writer
 from paroattn.cli.models import GenerativeModel
 from paroattn.cli.options import calibration_prompt_option, device_option, options, path_option, size_options
 from paroattn.errors import require
+from paroattn.files import check_output
 from paroattn_lab.models import LARGE, TINY, bundled_name
 
 DENSITIES = (0.5, 0.3, 0.2)
@@ -41,6 +42,12 @@ comparison_options = options(
     click.option("--fvd-model", type=click.Path(path_type=Path), help="TorchScript file of an I3D network, for FVD."),
 )
 report_option = path_option("--report", "HTML page to write; default: report.html in the output folder.")
+
+
+def check_outputs(output_dir: Path, report: Path | None, *inputs: Path) -> None:
+    """Raise `InputError`, before work begins, where results cannot be written or would take the place of an input."""
+    check_output(output_dir / "records.jsonl", *inputs)
+    check_output(report or output_dir / "report.html", *inputs)
 
 
 def require_metrics() -> None:

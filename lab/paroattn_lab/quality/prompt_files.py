@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     if not path.is_file():
         raise InputError(f"prompts {str(path)!r} is no file; expected one prompt per line, or VBench's JSON")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
     except UnicodeDecodeError as error:
         raise InputError(f"prompts {str(path)!r} is not UTF-8 text: {error}") from error
     if path.suffix == ".json":

@@ -47,9 +47,9 @@ class MaskTable:
         """Use `mask`, bool [q blocks, kv blocks], for one step bucket, layer and head."""
         self._index[place] = self._number_of(mask)
 
-    def keep_all(self, places: Tensor) -> None:
-        """Keep all blocks in these places, bool [buckets, layers]."""
-        self._index[places] = 0
+    def take_from(self, buckets: Tensor) -> None:
+        """Take the masks of a layer from other step buckets, int64 [buckets, layers]."""
+        self._index = _taken(self._index, buckets)
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """The masks in use, uint8 [masks, q blocks, bytes], and the index into them, int32 [buckets, layers, heads]."""
@@ -83,12 +83,16 @@ def plan_from_masks(
 ) -> Plan:
     """A plan from its masks.
 
-    A layer that is never called in a bucket gets all blocks there: another schedule may call it after all.
+    A layer that was not called in a bucket gets the masks of the nearest one in which it was: another schedule may call
+    it there (Wan 2.2 with another boundary).
 
     Args: as the attributes of `Plan`; compensate None stands for nowhere, precision_index None for the first precision.
     """
-    masks.keep_all(usage == 0)
+    called_in = nearest_called(usage)
+    masks.take_from(called_in)
     table, index = masks.packed()
+    if compensate is not None:
+        compensate = _taken(compensate, called_in)
     return Plan(
         model=model,
         grid=grid,
@@ -105,3 +109,22 @@ def plan_from_masks(
         provenance=provenance,
         block_q=block_q,
     )
+
+
+def nearest_called(usage: Tensor) -> Tensor:
+    """For each step bucket and layer the nearest bucket in which the layer is called, int64 [buckets, layers].
+
+    Example:
+        >>> nearest_called(torch.tensor([[0.5, 0.0], [0.0, 1.0], [0.0, 1.0]]))
+        tensor([[0, 1],
+                [0, 1],
+                [0, 2]])
+    """
+    bucket = torch.arange(len(usage))
+    distance = (bucket.unsqueeze(1) - bucket).abs().unsqueeze(-1)  # [buckets, buckets, 1]
+    return distance.masked_fill(usage == 0, len(usage)).argmin(1)
+
+
+def _taken(tensor: Tensor, buckets: Tensor) -> Tensor:
+    """A tensor [buckets, layers, heads] with each layer's rows from other buckets."""
+    return tensor.gather(0, buckets.unsqueeze(-1).expand_as(tensor))

@@ -9,8 +9,9 @@ def main() -> None:
     """The script `paroattn`."""
     try:
         require("paroattn[cli]", "click", "diffusers", "imageio", "packaging", "PIL", "rich", "transformers")
+        from paroattn.cli.group import command_line
     except MissingPartError as error:
         raise SystemExit(f"Error: {error}") from None
-    from paroattn.cli.group import command_line
-
+    except KeyboardInterrupt:  # imports take seconds
+        raise SystemExit(130) from None
     command_line()

@@ -62,4 +62,5 @@ def generate(
     if handle is not None:
         click.echo(handle.report())
     count = "" if model.makes_images else f"{len(frames)} frames of "
-    click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels")
+    rounded = "; the model rounds sizes" if model.settings.differs_from(frames) else ""
+    click.echo(f"wrote {output}: {count}{frames.shape[3]} x {frames.shape[2]} pixels{rounded}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -29,7 +30,7 @@ class GenerationSettings:
         height, width: in pixels.
         num_frames: of a video; None for images.
         num_inference_steps: denoising steps.
-        guidance_scale: 1 for none.
+        guidance_scale: 1 for none; some models want 0.
         fps: frames per second in playback.
     """
 
@@ -43,8 +44,15 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            if value is None or (value == 0 and item.name == "guidance_scale"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise InputError(f"{item.name} is {value!r}; expected a number above 0")
+
+    def differs_from(self, frames: Tensor) -> bool:
+        """Whether frames [F, 3, H, W] have another size than is asked for here."""
+        made = {"num_frames": frames.shape[0], "height": frames.shape[2], "width": frames.shape[3]}
+        return any(getattr(self, name) not in (None, size) for name, size in made.items())
 
     def changed(self, changes: Mapping[str, Any]) -> GenerationSettings:
         """These settings with the given ones that are not None."""
@@ -85,7 +93,7 @@ class GenerativeModel:
         """Frames float32 [F, 3, H, W] in [0, 1] on the CPU; one for an image."""
         generator = torch.Generator().manual_seed(seed)
         arguments = {"output_type": "pt", **self.call_arguments(prompt), "generator": generator}
-        return self.frames_of(self.pipe(**arguments)[0].float().cpu())
+        return self.frames_of(Pipeline(self.pipe).generate(**arguments).float().cpu())
 
     def frames_of(self, output: Tensor) -> Tensor:
         """Frames [F, 3, H, W] of what the pipeline returned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import traceback
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -121,8 +122,13 @@ class Pipeline:
         ]
 
     def generate(self, **arguments: Any) -> Tensor:
-        """What a call of the pipeline with these arguments returns first."""
-        return self._pipe(**arguments)[0]
+        """What a call of the pipeline with these arguments returns first; `InputError` for arguments it refuses."""
+        try:
+            return self._pipe(**arguments)[0]
+        except ValueError as error:
+            if "check_inputs" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+                raise
+            raise InputError(f"{type(self._pipe).__name__} refuses its arguments: {error}") from error
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
