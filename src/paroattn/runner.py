@@ -18,7 +18,7 @@ from paroattn.grid import TokenGrid
 from paroattn.ops import PreparedAttention
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.inputs import CallKind
-from paroattn.ops.prepared import choose_for_layer
+from paroattn.ops.prepared import kind_of_calls
 from paroattn.plan import LayerPlan, ModelIdentity, Plan
 from paroattn.quantize import Precision
 
@@ -84,7 +84,7 @@ class Runner:
     ) -> Runner:
         """A runner that computes all blocks of any number of tokens in a precision."""
         layer = LayerPlan(precisions=(precision,) * model.heads)
-        choose_for_layer(backend, layer)
+        choose_backend(backend, kind_of_calls(layer))
         runner = cls.__new__(cls)
         layers = [layer] * model.layers
         runner._set_up(layers, None, (), torch.device(device), backend, [True] * model.layers)
@@ -159,7 +159,10 @@ class LayerRunner:
     def __init__(self, layer_plan: LayerPlan, device: torch.device, backend: str, calibrated: bool):
         self._layer_plan = layer_plan
         self._calibrated = calibrated
-        self._device = device
+        self.device = device
+        grid = layer_plan.grid
+        self._visual_tokens = None if grid is None else grid.visual_tokens
+        self._takes_text = grid is not None and grid.text_tokens > 0
         self._backend = backend
         self._operator: PreparedAttention | None = None
 
@@ -167,7 +170,7 @@ class LayerRunner:
         """The operator for a dtype, made unless it is there."""
         operator = self._operator
         if operator is None or (operator.dtype, operator.scale) != (dtype, scale):
-            operator = PreparedAttention(self._layer_plan, self._device, dtype, "NHD", scale, self._backend)
+            operator = PreparedAttention(self._layer_plan, self.device, dtype, "NHD", scale, self._backend)
             self._operator = operator
         return operator
 
@@ -182,17 +185,16 @@ class LayerRunner:
         scale: float | None = None,
     ) -> Tensor | Dense:
         """As `Runner.call`."""
-        plan = self._layer_plan
         if not self._calibrated:
             return Dense("the plan's calibration never called this layer: it ran other steps of the schedule")
-        if key.shape[1] != query.shape[1]:
-            return Dense(f"there are {query.shape[1]} queries and {key.shape[1]} keys: it is cross-attention")
+        tokens, keys = query.shape[1], key.shape[1]
+        if keys != tokens:
+            return Dense(f"there are {tokens} queries and {keys} keys: it is cross-attention")
         if not query.dtype == key.dtype == value.dtype:
             return Dense(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
-        if plan.grid is not None:
-            expected, text = plan.grid.visual_tokens, plan.grid.text_tokens
-            if query.shape[1] < expected or (not text and query.shape[1] != expected):
-                return Dense(f"there are {query.shape[1]} tokens; the plan has {expected}")
+        expected = self._visual_tokens
+        if expected is not None and tokens != expected and not (self._takes_text and tokens > expected):
+            return Dense(f"there are {tokens} tokens; the plan has {expected}")
         operator = self._operator
         if operator is None or not operator.fits(query, scale):
             if torch.compiler.is_compiling():

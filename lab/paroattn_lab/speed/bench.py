@@ -22,7 +22,7 @@ from paroattn.ops.backend import choose_backend
 from paroattn.ops.gpu import backend as gpu
 from paroattn.ops.gpu.device import INTERPRETED
 from paroattn.ops.inputs import AttentionInputs, CallKind
-from paroattn.ops.prepared import choose_for_layer
+from paroattn.ops.prepared import kind_of_calls
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import LayerPlan
 from paroattn.quantize import Precision
@@ -304,7 +304,7 @@ class _Inputs:
             raise ArithmeticError(
                 f"{precision} at density {density:g} is {error:.2g} from float64; expected at most {limit:g}"
             )
-        chosen = choose_for_layer(backend, plan, self.device, dtype)
+        chosen = choose_backend(backend, kind_of_calls(plan, self.device, dtype))
 
         def contender(prologue: bool, call: Callable[[], float]) -> Contender:
             return Contender(

@@ -17,7 +17,8 @@ from paroattn.integrations.clock import now
 from paroattn.integrations.descriptors import attention_modules
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
-from paroattn.ops.prepared import choose_for_layer
+from paroattn.ops.backend import choose_backend
+from paroattn.ops.prepared import kind_of_calls
 from paroattn.plan import Plan
 from paroattn.quantize import Precision
 from paroattn_lab.records import environment
@@ -257,7 +258,7 @@ def _contender_facts(contender: _Contender, backend: str) -> dict[str, Any]:
     if plan is None:
         return facts
     layers = len(attention_modules(transformer))
-    chosen = choose_for_layer(backend, plan.layers()[0], transformer.device, transformer.dtype)
+    chosen = choose_backend(backend, kind_of_calls(plan.layers()[0], transformer.device, transformer.dtype))
     return {
         **facts,
         "precision": "+".join(map(str, plan.precisions)),

@@ -134,9 +134,11 @@ class Handle:
         with self._lock:
             self._counts[reason] += 1
             first = self._counts[reason] == 1
-        if reason is not None and self.strict:
+        if reason is None:
+            return
+        if self.strict:
             raise PlanError(f"{reason}. Calibrate for such requests, load a matching plan, or do not ask for strict.")
-        if reason is not None and first:
+        if first:
             warnings.warn(f"{reason}: the model's own attention runs instead", stacklevel=2)
 
     def layer_runner(self, layer: int, device: torch.device) -> LayerRunner:
@@ -235,23 +237,22 @@ class PlannedLayer:
         self.noted: tuple[str | None, ...] = ()  # by compiled code, which cannot count: the reason of its last call
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        if not call.attends_to_itself:  # an IP-adapter's, which no plan is about
-            return call.dense()
-        reason = call.refusal or self._request.now.reason
-        output: Tensor | Dense = Dense(reason) if reason else self._attend(call)
-        if isinstance(output, Dense):
+        known = self._request.now
+        reason = call.refusal or known.reason
+        output: Tensor | Dense = Dense(reason) if reason else self._attend(call, known.bucket)
+        if not isinstance(output, Dense):
+            self._note(None)
+            return output
+        if call.attends_to_itself:  # an IP-adapter's calls do not, and no plan is about them
             self._note(output.reason)
-            return call.dense()
-        self._note(None)
-        return output
+        return call.dense()
 
-    def _attend(self, call: AttentionCall) -> Tensor | Dense:
+    def _attend(self, call: AttentionCall, bucket: Tensor) -> Tensor | Dense:
         runner = self.runner
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (runner is None or runner.device != call.query.device):
             runner = self._handle.layer_runner(self._layer, call.query.device)
         if runner is None:
             raise InputError("paroattn was applied to a transformer on the meta device; apply it where it runs")
-        bucket = self._request.now.bucket
         return runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask, scale=call.scale)
 
     def _note(self, reason: str | None) -> None:

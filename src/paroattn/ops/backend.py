@@ -53,7 +53,7 @@ def formats_of(name: str) -> frozenset[str]:
     """The number formats of a backend, or with "auto" of all of them; raises `InputError` for an unknown name."""
     if name == "auto":
         return frozenset().union(*(backend.FORMATS for backend in _BACKENDS.values()))
-    return _named(name).FORMATS
+    return backend_named(name).FORMATS
 
 
 def choose_backend(name: str, kind: CallKind) -> Backend:
@@ -62,24 +62,30 @@ def choose_backend(name: str, kind: CallKind) -> Backend:
     Raises:
         InputError: unknown name, or the named backend does not do this.
     """
+    return backend_named(name_of_choice(name, kind))
+
+
+def name_of_choice(name: str, kind: CallKind) -> str:
+    """The name of `choose_backend`'s choice."""
     if name != "auto":
-        backend = _named(name)
+        backend_named(name)
         reason = _refusal(name, kind)
         if reason:
             raise InputError(reason)
-        return backend
+        return name
     reasons: list[str] = []
     for candidate in _BACKENDS:
         reason = _refusal(candidate, kind)
         if not reason:
             if not torch.compiler.is_compiling():
                 _log_choice(candidate, "; ".join(reasons))
-            return _BACKENDS[candidate]
+            return candidate
         reasons.append(reason)
     raise InputError(reasons[-1])
 
 
-def _named(name: str) -> Backend:
+def backend_named(name: str) -> Backend:
+    """The backend module of a name, or `InputError`."""
     if name not in _BACKENDS:
         raise InputError(f"backend {name!r} is unknown; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
     return _BACKENDS[name]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from paroattn.block_mask import BLOCK
 from paroattn.errors import InputError
-from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat
-from paroattn.quantize import PQuantization
+from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat, with_adjacent_channels
+from paroattn.quantize import PQuantization, Precision
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
 P_QUANTIZATION = PQuantization(granularity="row")
@@ -53,6 +56,7 @@ def capability() -> str:
     return wanted
 
 
+@functools.lru_cache
 def usable_capabilities() -> tuple[str, ...]:
     """The instructions that this CPU and this build have, best last."""
     return _cpu.CAPABILITIES[: _cpu.CAPABILITIES.index(_cpu.best_capability()) + 1]
@@ -70,7 +74,11 @@ def unsupported(kind: CallKind) -> str | None:
 
 def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
-    return torch.ops.paroattn.cpu_attention(*inputs.flat())
+    if torch.compiler.is_compiling() or type(inputs.query) is not Tensor or _get_current_dispatch_mode() is not None:
+        return torch.ops.paroattn.cpu_attention(*inputs.flat())
+    # Nobody is tracing: an operator's way through the dispatcher takes a tenth of a millisecond.
+    query, key, value = (with_adjacent_channels(x.detach()) for x in (inputs.query, inputs.key, inputs.value))
+    return _attend(replace(inputs, query=query, key=key, value=value))
 
 
 @torch.library.custom_op(
@@ -78,8 +86,13 @@ def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 )
 def cpu_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """Attention of `AttentionInputs.flat`: output like query and lse [B, H, N]."""
+    return _attend(from_flat(query, *others))
+
+
+def _attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    query = inputs.query
     output, lse = torch.empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32)
-    _, prologue_seconds = run_kernel(output, lse, from_flat(query, *others))
+    _, prologue_seconds = run_kernel(output, lse, inputs)
     times = _prologue_times.get()
     if times is not None:
         times.append(prologue_seconds)
@@ -121,17 +134,20 @@ def run_kernel(output: Tensor, lse: Tensor, inputs: AttentionInputs) -> tuple[in
         *inputs.block_shape,
         None if compensate is None else compensate.view(torch.uint8).contiguous(),
         None if key_mask is None else key_mask.view(torch.uint8).contiguous(),
-        [_kernel_format(precision.qk, dtype) for precision in inputs.precisions],
-        [_kernel_format(precision.pv, dtype) for precision in inputs.precisions],
+        *_kernel_formats(tuple(inputs.precisions), dtype),
         inputs.scale,
         capability(),
         torch.get_num_threads(),
     )
 
 
-def _kernel_format(number_format: str, dtype: torch.dtype) -> str:
-    """The kernel's name of a format: exact products of bfloat16 input are bfloat16 products with float32 sums.
+@functools.lru_cache
+def _kernel_formats(precisions: tuple[Precision, ...], dtype: torch.dtype) -> tuple[list[str], list[str]]:
+    """The kernel's names of the heads' formats, of QK^T and of PV.
 
-    Mean tokens of skipped blocks are rounded to bfloat16 then, too.
+    Exact products of bfloat16 input are bfloat16 products with float32 sums. Mean tokens of skipped blocks are rounded
+    to bfloat16 then, too.
     """
-    return "bf16" if number_format == "exact" and dtype == torch.bfloat16 else number_format
+    exact = "bf16" if dtype == torch.bfloat16 else "exact"
+    qk, pv = ([getattr(precision, part) for precision in precisions] for part in ("qk", "pv"))
+    return [exact if name == "exact" else name for name in qk], [exact if name == "exact" else name for name in pv]

@@ -65,7 +65,7 @@ class AttentionInputs:
     def flat(self) -> tuple[Any, ...]:
         """As operators of torch take it (`FLAT_SCHEMA`), every tensor's channels side by side in memory."""
         return (
-            *(_with_adjacent_channels(x.detach()) for x in (self.query, self.key, self.value)),
+            *(with_adjacent_channels(x.detach()) for x in (self.query, self.key, self.value)),
             self.permutation,
             None if self.block_mask is None else self.block_mask.bits,
             list(self.block_shape),
@@ -106,7 +106,8 @@ def parsed_precisions(precisions: str) -> tuple[Precision, ...]:
     return tuple(Precision.parse(item) for item in precisions.split(","))
 
 
-def _with_adjacent_channels(x: Tensor) -> Tensor:
+def with_adjacent_channels(x: Tensor) -> Tensor:
+    """The tensor with its channels side by side in memory, copied if they are not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

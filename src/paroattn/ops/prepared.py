@@ -11,7 +11,7 @@ from torch import Tensor
 from paroattn.block_mask import BlockMask, block_count, pack_bits, text_blocks, unpack_bits
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
-from paroattn.ops.backend import Backend, choose_backend
+from paroattn.ops.backend import backend_named, name_of_choice
 from paroattn.ops.inputs import (
     AttentionInputs,
     CallKind,
@@ -75,13 +75,12 @@ class PreparedAttention:
         backend: str,
     ):
         check_layout(tensor_layout)
-        choose_for_layer(backend, layer_plan, device, dtype)
         self.layer_plan = layer_plan
         self.device = device
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._backend = backend
+        self._backend = name_of_choice(backend, kind_of_calls(layer_plan, device, dtype))
         self._orders = _moved(layer_plan.orders, device, torch.int32)
         self._order_index = _moved(layer_plan.order_index, device, torch.int32)
         self._mask_table = _moved(layer_plan.mask_table, device)
@@ -162,7 +161,8 @@ def _attend(
     """A planned call in types that operators may take, query, key, value [B, H, N, D].
 
     planned_tokens: [N or -1 for any, 0, 0], or with a grid [visual tokens, text tokens, 1 (prefix) or 2 (suffix)]:
-    then a call may have any number of text tokens. Tables and indices as in `LayerPlan`; precisions with commas.
+    then a call may have any number of text tokens. Tables and indices as in `LayerPlan`; precisions with commas;
+    backend: the name of one that does such calls.
     """
     check_tensors(query, key, value, key_mask)
     chosen = parsed_precisions(precisions)
@@ -177,8 +177,8 @@ def _attend(
         compensate = compensate.index_select(0, bucket)[0]
     if orders is not None and order_index is not None:
         orders = orders.index_select(0, order_index)
-    if planned_tokens[2]:
-        visual, text, position = planned_tokens
+    visual, text, position = planned_tokens
+    if position and tokens != visual + text:
         grid = TokenGrid(1, 1, visual, text, "prefix" if position == 1 else "suffix")
         orders = None if orders is None else _orders_for(orders, grid, tokens - visual)
         masks = None if masks is None else _masks_for(masks, grid, tokens - visual, *block_shape)
@@ -193,8 +193,7 @@ def _attend(
         key_mask,
         checked_scale(scale, query.shape[3]),
     )
-    kind = CallKind(chosen, query.device, query.dtype, (block_shape[0], block_shape[1]))  # as when prepared
-    return choose_backend(backend, kind).attend(inputs)[0]
+    return backend_named(backend).attend(inputs)[0]
 
 
 planned_attention = torch.library.custom_op("paroattn::planned_attention", _attend, mutates_args=())
@@ -205,12 +204,11 @@ def _(query: Tensor, *_: object) -> Tensor:
     return torch.empty_like(query)
 
 
-def choose_for_layer(
-    name: str, layer_plan: LayerPlan, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> Backend:
-    """The backend of that name for a layer, as `choose_backend`; without a device, what can be known before a call."""
-    block_shape = (layer_plan.block_q, layer_plan.block_kv)
-    return choose_backend(name, CallKind(layer_plan.precisions, device, dtype, block_shape))
+def kind_of_calls(
+    layer_plan: LayerPlan, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> CallKind:
+    """What calls of a layer are, for `choose_backend`; without a device, what can be known before a call."""
+    return CallKind(layer_plan.precisions, device, dtype, (layer_plan.block_q, layer_plan.block_kv))
 
 
 def _orders_for(orders: Tensor, grid: TokenGrid, text_tokens: int) -> Tensor:
