@@ -85,3 +85,17 @@ def test_sampled_rows_and_chunks_are_the_same_rows(monkeypatch):
     torch.testing.assert_close(some.costs, whole.costs[:, [1, 5]])
     monkeypatch.setattr("paroattn.calibration.costs._CHUNK_ENTRIES", 1)
     torch.testing.assert_close(skip_costs(q, k, v, order, SCALE, required).costs, whole.costs)
+
+
+def test_some_rows_of_each_block_stand_for_all():
+    q, k, v = head(256, seed=4)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(2))
+    required = torch.zeros(4, 4, dtype=torch.bool)
+    whole = skip_costs(q, k, v, order, SCALE, required, levels=())
+    parts = [
+        skip_costs(q, k, v, order, SCALE, required, rows=torch.arange(16) * 4 + first, levels=()) for first in range(4)
+    ]
+    torch.testing.assert_close(sum(part.costs for part in parts) / 4, whole.costs, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sum(part.block_sums for part in parts) / 4, whole.block_sums, rtol=1e-5, atol=1e-6)
+    assert sum(part.norm for part in parts) / 4 == pytest.approx(whole.norm, rel=1e-5)
+    assert whole.errors.shape == (2, 0)

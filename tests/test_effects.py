@@ -1,5 +1,7 @@
 """What errors of heads and steps do to the final result, against doing it."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -7,12 +9,13 @@ import torch
 import paroattn
 from paroattn.block_mask import block_count
 from paroattn.calibration import sensitivity as effects
-from paroattn.calibration.run import CalibrationRun
+from paroattn.calibration.run import QUICK, THOROUGH, CalibrationRun
 from paroattn.calibration.sensitivity import measure_effects
 from paroattn.ops import prepare
 from paroattn.plan import Plan
 
 EDGES = (0.0, 0.5)
+MANY_COTANGENTS = replace(THOROUGH, cotangents=100)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +70,10 @@ def draft_errors(pipe, draft):
     return found
 
 
-def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pipe, draft, monkeypatch):
-    monkeypatch.setattr(effects, "COTANGENTS", 50)
-    run = calibration_run(pipe)
-    _, calls = effects._generate_recording(run, [3])
-    probe = effects._HeadProbe(pipe, draft, 1, True)
-    sensitivity, int4 = probe.measure(calls[3][0], torch.Generator().manual_seed(0))
+def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pipe, draft):
+    (call,) = effects._Recording(calibration_run(pipe)).calls_of(3)
+    probe = effects._HeadProbe(pipe, draft, 1, True, cotangents=50)
+    sensitivity, int4 = probe.measure(call, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     noise: dict = {}
 
@@ -83,24 +84,23 @@ def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pip
         return output
 
     with torch.no_grad(), paroattn.observe(pipe, add_noise):
-        plain = calls[3][0]()
+        plain = call()
         for layer in range(2):
             for head in range(2):
                 changes = []
                 for _ in range(20):
                     value = 1e-3 * torch.randn(1, tiny.GRID.tokens, 24, generator=generator)
                     noise.update(layer=layer, head=head, value=value)
-                    moved = calls[3][0]()
+                    moved = call()
                     changes.append(float((moved - plain).double().square().sum() / value.double().square().sum()))
                 assert float(sensitivity[layer, head]) == pytest.approx(sum(changes) / 20, rel=0.2)
     assert (int4 > 0).all()
 
 
-def test_weights_are_final_change_per_error_and_leave_the_pipeline_as_it_was(pipe, draft, monkeypatch):
-    monkeypatch.setattr(effects, "COTANGENTS", 100)
+def test_weights_are_final_change_per_error_and_leave_the_pipeline_as_it_was(pipe, draft):
     before = tiny.latents(pipe)
     wanted = [parameter.requires_grad for parameter in pipe.transformer.parameters()]
-    found = measure_effects(calibration_run(pipe), draft, draft_errors(pipe, draft))
+    found = measure_effects(calibration_run(pipe), draft, draft_errors(pipe, draft), MANY_COTANGENTS)
     assert found.weights.shape == (2, 2, 2)
     assert (found.int4 == 0).all()
     assert torch.equal(tiny.latents(pipe), before)
@@ -121,10 +121,35 @@ def test_weights_are_final_change_per_error_and_leave_the_pipeline_as_it_was(pip
 
 def test_guidance_with_two_calls_per_step_is_averaged(pipe, draft):
     errors = torch.ones(2, 2, 2, dtype=torch.float64)
-    found = measure_effects(calibration_run(pipe, guidance_scale=3.0), draft, errors, int4=True)
+    found = measure_effects(calibration_run(pipe, guidance_scale=3.0), draft, errors, THOROUGH, int4=True)
     assert found.weights.isfinite().all()
     assert (found.weights > 0).all()
     assert (found.int4 > 0).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_generations_take_over_the_steps_before_an_approximated_one(pipe, draft, guidance):
+    run = calibration_run(pipe, guidance_scale=guidance)
+    recording, computed = effects._Recording(run), []
+    with paroattn.apply(pipe, effects._only_in(draft, 1)):
+        expected = run.generate_one(0)
+    assert not torch.equal(expected, recording.latents)
+    with paroattn.apply(pipe, effects._only_in(draft, 1)) as handle, recording.replayed(2):
+        torch.testing.assert_close(run.generate_one(0), expected, rtol=1e-4, atol=1e-4)  # whose kernel is another
+        computed.append(handle.report().planned)
+    passes = 1 if guidance == 1 else 2
+    assert computed == [2 * passes * 2]  # layers of the last two of four steps
+    assert "forward" not in vars(pipe.transformer)
+
+
+def test_a_quick_measurement_agrees_with_the_thorough_one(pipe, draft):
+    errors = draft_errors(pipe, draft)
+    many = replace(QUICK, cotangents=100, sensitivity_steps=1, propagation_runs=2)
+    quick, thorough = (
+        measure_effects(calibration_run(pipe, guidance_scale=3.0), draft, errors, sampling).weights
+        for sampling in (many, MANY_COTANGENTS)
+    )
+    assert (quick / thorough).log().abs().max() < 1.4  # the same figure within a factor of four
 
 
 def test_steps_between_measured_ones_are_interpolated():

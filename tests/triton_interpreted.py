@@ -19,10 +19,11 @@ from paroattn.calibration import gpu as calibration
 from paroattn.calibration import statistics
 from paroattn.calibration.kernels import skip_costs_of_heads
 from paroattn.ops import reference
+from paroattn.ops.backend import choose_backend
 from paroattn.ops.gpu import backend, configs, hopper, launch, pack
 from paroattn.ops.gpu.configs import Config, Kind
 from paroattn.ops.gpu.pack import Call
-from paroattn.ops.prepared import choose_for_layer
+from paroattn.ops.prepared import kind_of_calls
 
 pytestmark = pytest.mark.kernels
 
@@ -227,7 +228,7 @@ def test_prepared_layers_look_their_masks_up_by_bucket():
         tokens=tokens,
     )
     op = prepare(plan, device="cpu", dtype=torch.float16, tensor_layout="NHD", backend="triton")
-    assert choose_for_layer("auto", plan, torch.device("cpu"), torch.float16) is backend
+    assert choose_backend("auto", kind_of_calls(plan, torch.device("cpu"), torch.float16)) is backend
     query, key, value = (x.transpose(1, 2).contiguous() for x in half(inputs(tokens, heads=heads, head_dim=64)))
     for bucket, compensate in ((0, [True, False]), (1, [False, False])):
         output = op(query, key, value, bucket=torch.tensor(bucket))
@@ -265,17 +266,22 @@ def test_block_sums_equal_the_statistics(tokens):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "head_dim", "block_q", "q_blocks", "dtype"),
+    ("tokens", "head_dim", "block_q", "rows_per_block", "q_blocks", "dtype"),
     [
-        (333, 16, 64, None, torch.float32),
-        (333, 16, 64, [1, 5], torch.float32),
-        (300, 72, 128, None, torch.float32),
-        (200, 64, 128, [1], torch.float32),
-        (63, 8, 64, None, torch.float32),
-        (333, 64, 64, None, torch.float16),  # P loses nothing
+        (333, 16, 64, 64, None, torch.float32),
+        (333, 16, 64, 64, [1, 5], torch.float32),
+        (300, 72, 128, 128, None, torch.float32),
+        (200, 64, 128, 128, [1], torch.float32),
+        (63, 8, 64, 64, None, torch.float32),
+        (333, 64, 64, 64, None, torch.float16),  # P loses nothing
+        (333, 16, 64, 16, None, torch.float32),
+        (300, 16, 128, 32, None, torch.float32),
+        (333, 16, 64, 8, [0, 2, 3, 5], torch.float32),
     ],
 )
-def test_costs_and_errors_of_skipping_are_the_references(monkeypatch, tokens, head_dim, block_q, q_blocks, dtype):
+def test_costs_and_errors_of_skipping_are_the_references(
+    monkeypatch, tokens, head_dim, block_q, rows_per_block, q_blocks, dtype
+):
     q, k, v = torch.randn(3, 3, tokens, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     k += 3 * (dtype == torch.float32)  # the blocks' mean weights are then far from one
     rows, columns = -(-tokens // block_q), -(-tokens // 64)
@@ -283,6 +289,8 @@ def test_costs_and_errors_of_skipping_are_the_references(monkeypatch, tokens, he
     required[:, -1] = True
     orders = list(permutations(3, tokens))
     settings = {"block_q": block_q, "q_blocks": None if q_blocks is None else torch.tensor(q_blocks)}
+    if rows_per_block < 64:
+        settings |= {"rows": torch.arange(rows_per_block) * (block_q // rows_per_block) + 1, "levels": ()}
     monkeypatch.setattr(calibration, "_MOST_ENTRIES", 2 * columns * tokens)  # two heads at once, then one
     found = calibration.skip_costs(q, k, v, orders, 0.3, required, **settings)
     expected = skip_costs_of_heads(q, k, v, orders, 0.3, required, **settings)

@@ -40,6 +40,24 @@ def gpu_attention_table(records: list[dict]) -> list[str]:
     ]
 
 
+def sampling_table(records: list[dict]) -> list[str]:
+    """PSNR and seconds of thorough and quick calibrations by model and density, with the paired loss."""
+    rows = []
+    for record in records:
+        label = "thorough" if record["thorough"] else f"quick, seed {record['seed']}"
+        loss = "" if record["thorough"] else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}"
+        cells = (f"{record['psnr']:.2f}", loss, f"{record['seconds']:.1f}")
+        rows.append((record["model"], label, f"{record['density']:g}", *cells))
+    first = records[0]
+    heads = ("model", "calibration", "density", "PSNR (dB)", "to the thorough one", "seconds")
+    return [
+        *table(heads, rows),
+        "",
+        f"Mean over {first['pairs']} prompt/seed pairs; difference with the standard error of the paired differences. "
+        f"{surroundings(first)}.",
+    ]
+
+
 def calibration_table(records: list[dict]) -> list[str]:
     """Milliseconds per head by call and shape, and how many dense attentions of a head that is."""
     shapes = list(dict.fromkeys((record["tokens"], record["head_dim"]) for record in records))

@@ -22,6 +22,7 @@ from gpu_tables import (
     correctness_table,
     counters_table,
     gpu_attention_table,
+    sampling_table,
     trials_table,
 )
 from record_tables import (
@@ -45,6 +46,7 @@ KINDS = {
     "ablation": ablation_table,
     "model": model_table,
     "gpu calibration": calibration_table,
+    "calibration sampling": sampling_table,
     "gpu correctness": correctness_table,
     "gpu counters": counters_table,
     "gpu trial": trials_table,

@@ -86,15 +86,15 @@ class Measured:
 
     @cached_property
     def costs(self) -> CostStatistics:
-        """Paroattn's own, over all axis and tiled orders."""
-        return collect_costs(self._pipe, self._arguments, int4=self._int4, block_sums=True, **self._common)
+        """Paroattn's own, over all axis and tiled orders; of parts and methods alike all rows are looked at."""
+        given = {**self._common, "block_sums": True, "thorough": True}
+        return collect_costs(self._pipe, self._arguments, int4=self._int4, **given)
 
     @cached_property
     def axis_costs(self) -> CostStatistics:
         """The same over axis orders only."""
-        return collect_costs(
-            self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, block_sums=True, **self._common
-        )
+        given = {**self._common, "block_sums": True, "thorough": True}
+        return collect_costs(self._pipe, self._arguments, order_names=AXIS_ORDERS, effects=False, **given)
 
     @cached_property
     def _block_sums(self) -> list[CalibrationStatistics]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from paroattn.calibration.checkpoint import remove_work
 from paroattn.calibration.density_search import Goal, reach
 from paroattn.calibration.keep import check_density, least_density
 from paroattn.calibration.run import (
-    ORDER_STEPS,
+    QUICK,
+    THOROUGH,
     CalibrationRun,
     Prompt,
+    Sampling,
     calibration_checkpoint,
     calibration_kernels,
     check_orders,
@@ -37,8 +39,6 @@ from paroattn.plan import Plan, bucket_of
 from paroattn.quantize import Precision
 
 DENSITY = 0.3  # where none is asked for
-ORDER_ROW_SHARE = 0.1  # share of the rows of blocks that are looked at to compare orders
-CHANGE_ROW_SHARE = 0.05  # the same to see how attention changes from step to step
 
 
 def calibrate(
@@ -56,6 +56,7 @@ def calibrate(
     int8_share: float = 0.25,
     dense_steps: float = 0.0,
     dense_layers: int = 0,
+    thorough: bool = False,
     prompt_texts: Sequence[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -63,10 +64,11 @@ def calibrate(
 ) -> Plan:
     """Find token orders and block masks for a pipeline.
 
-    The pipeline generates from each prompt twice with its own attention: to choose each head's order by the error of
-    its output, and to measure what skipping each block costs. On the first prompt it then measures what errors of the
-    heads and steps do to the final result (up to 9 more generations and some backward passes), so that the blocks go
-    where they count. The same arguments give the same plan. `calibration.paper.calibrate_paper` is the paper's method.
+    The pipeline generates from each prompt with its own attention: a few steps to choose each head's order by the error
+    of its output, then all to measure what skipping each block costs. On the first prompt it then measures what errors
+    of the heads and steps do to the final result (some backward passes and the later parts of three more generations),
+    so that the blocks go where they count. The same arguments give the same plan. `calibration.paper.calibrate_paper`
+    is the paper's method.
 
     Args:
         pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
@@ -85,6 +87,8 @@ def calibrate(
         int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most.
         dense_steps: share of the schedule, from its start, in which all blocks are computed.
         dense_layers: number of layers, from the first, that stay dense and exact.
+        thorough: look at all rows, steps and passes of guidance, and measure every effect instead of interpolating:
+            several times slower, for a plan that is hardly better (docs/fidelity.md).
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
             interruption continues from them. Its files are deleted in the end. None keeps nothing.
@@ -112,6 +116,7 @@ def calibrate(
         order_names=order_names,
         dense_steps=dense_steps,
         int4="int4" in (parsed.qk, parsed.pv),
+        thorough=thorough,
         seed=seed,
         step_buckets=step_buckets,
         prompt_texts=prompt_texts,
@@ -172,6 +177,7 @@ def collect_costs(
     int4: bool = False,
     effects: bool = True,
     block_sums: bool = False,
+    thorough: bool = False,
     prompt_texts: Sequence[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -191,17 +197,19 @@ def collect_costs(
         raise InputError(f"step_buckets is {step_buckets}; expected at least 1")
     arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
     arguments |= {"dense_steps": dense_steps, "int4": int4, "effects": effects, "block_sums": block_sums}
-    arguments["densities"] = sorted(densities)
+    sampling = THOROUGH if thorough else QUICK
+    arguments |= {"densities": sorted(densities), "sampling": asdict(sampling)}
     checkpoint = calibration_checkpoint(work_dir, Pipeline(pipe), "paroattn", prompts, seed, call_arguments, arguments)
-    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint)
+    run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint, sampling.samples)
     identity = run.identity
     shape = (identity.layers, identity.heads)
-    names, chosen, changes = _choose_orders(run, shape, order_names, block_q, seed)
+    names, chosen, changes = _choose_orders(run, sampling, order_names, step_buckets, block_q, seed)
     guard = math.ceil(dense_steps * run.num_steps - 1e-9)
     edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
 
     def make() -> tuple[BlockCosts]:
-        arguments: dict[str, Any] = {"block_sums": block_sums, "kernels_for": calibration_kernels}
+        arguments: dict[str, Any] = {"block_sums": block_sums, "kernels_for": calibration_kernels, "seed": seed}
+        arguments |= {"row_share": sampling.cost_rows, "error_share": sampling.error_rows}
         return (BlockCosts(len(edges), names, chosen, run.grid, block_q, **arguments),)
 
     def add(accumulators: tuple[BlockCosts], call: ObservedCall) -> None:
@@ -237,29 +245,48 @@ def collect_costs(
         middle = (1 + least) / 2
     draft = select_by_cost(statistics, density=middle, selection=Selection(budget="uniform"))
     draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
-    measured = measure_effects(run, draft, draft_errors, seed=seed, int4=int4)
+    measured = measure_effects(run, draft, draft_errors, sampling, seed=seed, int4=int4)
     return replace(statistics, weights=measured.weights, int4_effects=measured.int4)
 
 
 def _choose_orders(
-    run: CalibrationRun, shape: tuple[int, int], order_names: tuple[str, ...] | None, block_q: int, seed: int
+    run: CalibrationRun,
+    sampling: Sampling,
+    order_names: tuple[str, ...] | None,
+    step_buckets: int,
+    block_q: int,
+    seed: int,
 ) -> tuple[tuple[str, ...], Tensor, list[float]]:
-    """Names of the orders in use, the index of each head's, and how attention changes from step to step."""
+    """Names of the orders in use, the index of each head's, and how attention changes from step to step.
+
+    Where every step has a bucket of its own, changes do not matter and generations end when the orders are known.
+    """
+    shape = (run.identity.layers, run.identity.heads)
+
+    def order_steps(num_steps: int) -> list[int]:
+        count = sampling.order_steps * len(run.pipeline.transformers)  # each is called in its own steps
+        return spread(count, num_steps)
 
     def make() -> tuple[OrderErrors, StepChange]:
         candidates = candidate_orders(run.grid) if order_names is None else order_names
-        errors = OrderErrors(*shape, run.grid, candidates, block_q, ORDER_ROW_SHARE, seed, calibration_kernels)
-        return errors, StepChange(*shape, run.grid, CHANGE_ROW_SHARE, seed)
+        rows, levels = sampling.order_rows, sampling.order_levels
+        errors = OrderErrors(*shape, run.grid, candidates, block_q, rows, seed, levels, calibration_kernels)
+        changes_matter = run.num_steps > step_buckets
+        return errors, StepChange(*shape, run.grid, sampling.change_rows if changes_matter else 0.0, seed)
 
     def compare(accumulators: tuple[OrderErrors, StepChange], call: ObservedCall) -> None:
         errors, change = accumulators
         change.add(call)
-        if len(errors.order_names) > 1 and call.step in spread(ORDER_STEPS, call.num_steps):
+        if len(errors.order_names) > 1 and call.step in order_steps(call.num_steps):
             errors.add(call)
 
-    errors, change = run.measure("orders", "calibration 1/4, token orders", make, compare)
+    def last_step(num_steps: int) -> int:
+        return num_steps if num_steps > step_buckets else max(order_steps(num_steps))
+
+    errors, change = run.measure("orders", "calibration 1/4, token orders", make, compare, last_step)
     used, index = torch.unique(errors.choose(), return_inverse=True)
-    return tuple(errors.order_names[number] for number in used.tolist()), index.to(torch.uint8), change.changes()
+    changes = change.changes() if run.num_steps > step_buckets else [1.0] * (run.num_steps - 1)
+    return tuple(errors.order_names[number] for number in used.tolist()), index.to(torch.uint8), changes
 
 
 def bucket_edges_by_change(changes: Sequence[float], most: int, forced: Sequence[int] = ()) -> tuple[float, ...]:

@@ -21,6 +21,8 @@ from paroattn.grid import TokenGrid
 from paroattn.integrations.observe import ObservedCall
 from paroattn.order import token_order
 
+_FEWEST_ROWS = 4  # of blocks, where a share of them is looked at
+
 
 class Accumulator:
     """What is added up over attention calls, as tensors that can be saved and put back."""
@@ -136,6 +138,7 @@ class OrderErrors(Accumulator):
         order_names: the candidates.
         block_q: queries per block, 64 or 128.
         row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
+        levels: densities at which errors are compared.
         kernels_for: what computes on a device.
     """
 
@@ -150,20 +153,22 @@ class OrderErrors(Accumulator):
         block_q: int,
         row_share: float,
         seed: int,
+        levels: Sequence[float] = LEVELS,
         kernels_for: KernelsFor = reference_everywhere,
     ):
         self.order_names = order_names
+        self._levels = levels
         self._kernels_for = kernels_for
         self._block_q = block_q
         self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
-        self._errors = torch.zeros(layers, heads, len(order_names), len(LEVELS), dtype=torch.float64)
+        self._errors = torch.zeros(layers, heads, len(order_names), len(levels), dtype=torch.float64)
 
     def add(self, call: ObservedCall) -> None:
         """Take one attention call."""
         skip_costs = self._kernels_for(call.query.device).skip_costs
         for sample in call.samples():
             required = text_blocks(sample.grid, self._block_q)
-            settings = {"block_q": self._block_q, "q_blocks": self._q_blocks}
+            settings = {"block_q": self._block_q, "q_blocks": self._q_blocks, "levels": self._levels}
             for number, name in enumerate(self.order_names):
                 orders = [order_of(name, sample.grid)] * call.heads
                 for head, found in enumerate(skip_costs(*sample.heads(), orders, call.scale, required, **settings)):
@@ -171,8 +176,15 @@ class OrderErrors(Accumulator):
                     self._errors[call.layer, head, number] += found.errors.amin(0) / max(found.norm, 1e-30)
 
     def choose(self) -> Tensor:
-        """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over `LEVELS`."""
-        return self._errors.clamp(min=1e-30).log().mean(-1).argmin(-1).to(torch.uint8)
+        """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over the levels.
+
+        Layers that were never looked at get the order that most heads have.
+        """
+        best = self._errors.clamp(min=1e-30).log().mean(-1).argmin(-1)
+        seen = self._errors.flatten(1).any(1)
+        if bool(seen.any()):
+            best[~seen] = best[seen].flatten().mode().values
+        return best.to(torch.uint8)
 
 
 class StepChange(Accumulator):
@@ -181,7 +193,8 @@ class StepChange(Accumulator):
     Args:
         layers, heads: of the model.
         grid: its token grid.
-        row_share: share of the rows of blocks that is looked at, drawn once from `seed`.
+        row_share: share of the rows of blocks that is looked at, drawn once from `seed`; at 0 only which layers are
+            called is known, and no change is measured.
     """
 
     def __init__(self, layers: int, heads: int, grid: TokenGrid, row_share: float, seed: int):
@@ -195,7 +208,7 @@ class StepChange(Accumulator):
         """Take one attention call."""
         sums = self._sums.setdefault(call.step, torch.zeros(self._shape, dtype=torch.float32))
         self._calls.setdefault(call.step, set()).add(call.layer)
-        for sample in call.samples():
+        for sample in call.samples() if len(self._rows) else ():
             order = torch.arange(sample.grid.tokens)
             for head in range(call.heads):
                 q, k, _ = sample.head(head)
@@ -241,6 +254,9 @@ class BlockCosts(Accumulator):
         grid: the token grid.
         block_q: queries per block, 64 or 128.
         block_sums: also keep the block sums of P.
+        row_share: share of a block's rows that stand for it in its costs.
+        error_share: share of the rows of blocks in which errors are measured.
+        seed: of the rows that are drawn.
         kernels_for: what computes on a device.
     """
 
@@ -255,8 +271,16 @@ class BlockCosts(Accumulator):
         block_q: int = BLOCK,
         *,
         block_sums: bool = False,
+        row_share: float = 1.0,
+        error_share: float = 1.0,
+        seed: int = 0,
         kernels_for: KernelsFor = reference_everywhere,
     ):
+        self._rows = _rows_of_a_block(block_q, row_share, seed)
+        self._error_blocks = _drawn_rows(grid, block_q, error_share, seed)
+        self._all_errors = row_share == error_share == 1
+        # Those that are looked at stand for the others.
+        self._error_scale = max(1, visual_blocks(grid, block_q)[0].stop) / len(self._error_blocks)
         heads = (buckets, *order_index.shape)
         blocks = (*heads, block_count(grid.tokens, block_q), block_count(grid.tokens, BLOCK))
         self._names = [[order_names[index] for index in layer] for layer in order_index.tolist()]
@@ -275,17 +299,24 @@ class BlockCosts(Accumulator):
         for sample in call.samples():
             orders = [order_of(name, sample.grid) for name in self._names[call.layer]]
             required = text_blocks(sample.grid, self._block_q)
-            found = skip_costs(*sample.heads(), orders, call.scale, required, block_q=self._block_q)
-            for head, own in enumerate(found):
-                self._add(own, (bucket, call.layer, head))
+            given = (*sample.heads(), orders, call.scale, required)
+            if self._all_errors:
+                costs = errors = skip_costs(*given, block_q=self._block_q)
+                scale = 1.0
+            else:
+                costs = skip_costs(*given, block_q=self._block_q, rows=self._rows, levels=())
+                errors = skip_costs(*given, block_q=self._block_q, q_blocks=self._error_blocks)
+                scale = self._error_scale
+            for head, both in enumerate(zip(costs, errors, strict=True)):
+                self._add(*both, scale, (bucket, call.layer, head))
             self._samples[bucket, call.layer] += 1
 
-    def _add(self, found: SkipCosts, place: tuple[int, int, int]) -> None:
+    def _add(self, costs: SkipCosts, errors: SkipCosts, scale: float, place: tuple[int, int, int]) -> None:
         if self._block_sums is not None:
-            self._block_sums[place][self._visual] += found.block_sums[self._visual]
-        self._costs[(slice(None), *place)][self._visual] += found.costs[self._visual]
-        self._errors[(slice(None), *place)] += found.errors
-        self._norms[place] += found.norm
+            self._block_sums[place][self._visual] += costs.block_sums[self._visual]
+        self._costs[(slice(None), *place)][self._visual] += costs.costs[self._visual]
+        self._errors[(slice(None), *place)] += errors.errors * scale
+        self._norms[place] += errors.norm * scale
 
     def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are
@@ -302,10 +333,17 @@ class BlockCosts(Accumulator):
 
 
 def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tensor:
-    """At least one and `share` of the rows of visual blocks, ascending."""
+    """`share` of the rows of visual blocks, at least `_FEWEST_ROWS` of them unless it is zero, ascending."""
     rows = max(1, visual_blocks(grid, block_q)[0].stop)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(rows, generator=generator)[: max(1, round(rows * share))].sort().values
+    count = max(_FEWEST_ROWS, round(rows * share)) if share else 0
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def _rows_of_a_block(block_q: int, share: float, seed: int) -> Tensor:
+    """One row of each of equal parts of a block, drawn from `seed`, ascending."""
+    count = max(8, round(share * block_q))  # a power of two for the kernels
+    part = block_q // count
+    return torch.arange(count) * part + torch.randint(part, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 @functools.lru_cache(maxsize=256)

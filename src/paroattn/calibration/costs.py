@@ -54,6 +54,7 @@ def skip_costs(
     *,
     block_q: int = BLOCK,
     q_blocks: Tensor | None = None,
+    rows: Tensor | None = None,
     levels: Sequence[float] = LEVELS,
 ) -> SkipCosts:
     """Costs and errors of skipping blocks of one head in a given order.
@@ -65,6 +66,8 @@ def skip_costs(
         required: bool [q blocks, kv blocks], never skipped (text).
         block_q: queries per block, 64 or 128.
         q_blocks: which q blocks to look at, int64 [r], ascending; default all. Results hold these rows only.
+        rows: which rows of a block to look at, int64 [r], ascending; default all. They stand for the others: sums over
+            them are scaled up.
         levels: densities of `errors`, ascending; the costliest blocks of the rows that memory holds at once are kept.
 
     Example:
@@ -77,16 +80,18 @@ def skip_costs(
     columns = block_count(tokens, BLOCK)
     if q_blocks is None:
         q_blocks = torch.arange(block_count(tokens, block_q))
+    rows = torch.arange(block_q) if rows is None else rows
+    stands_for = block_q / len(rows)
     q, k, v = (x.float()[order] for x in (q, k, v))
     mean_k, mean_v, count = block_means(k, v)
     values = pad(v, (0, 0, 0, columns * BLOCK - tokens)).view(columns, BLOCK, head_dim)
 
     sums, costs, errors, norm = [], [], torch.zeros(2, len(levels), dtype=torch.float64), 0.0
-    for chunk in q_blocks.split(max(1, _CHUNK_ENTRIES // (columns * block_q * head_dim))):
-        index = (chunk.unsqueeze(-1) * block_q + torch.arange(block_q)).flatten()
+    for chunk in q_blocks.split(max(1, _CHUNK_ENTRIES // (columns * len(rows) * head_dim))):
+        index = (chunk.unsqueeze(-1) * block_q + rows).flatten()
         exists = (index < tokens).to(q.device)
-        rows = q[index.clamp(max=tokens - 1)]
-        logits = rows @ k.mT * scale
+        queries = q[index.clamp(max=tokens - 1)]
+        logits = queries @ k.mT * scale
         lse = logits.logsumexp(1, keepdim=True)
         p = pad((logits - lse).exp_(), (0, columns * BLOCK - tokens)) * exists.unsqueeze(1)
         p = p.view(-1, columns, BLOCK)
@@ -94,19 +99,21 @@ def skip_costs(
         part = torch.bmm(p.transpose(0, 1), values)  # n: [kv blocks, rows, D]
         output = part.sum(0)
         change = part.addcmul_(share.unsqueeze(-1), output, value=-1)  # c
-        surrogate = ((rows @ mean_k.mT * scale + count.mT.log() - lse).exp() * exists.unsqueeze(1)).mT  # s
+        surrogate = ((queries @ mean_k.mT * scale + count.mT.log() - lse).exp() * exists.unsqueeze(1)).mT  # s
         weight = surrogate.unsqueeze(-1)
         residual = change.addcmul(weight, mean_v.unsqueeze(1), value=-1).addcmul_(weight, output)  # e
         must = required[chunk].to(q.device)
-        sums.append(share.unflatten(1, (-1, block_q)).sum(-1).mT)
+        sums.append(share.unflatten(1, (-1, len(rows))).sum(-1).mT)
         both = []
         for way, (moved, missing) in enumerate(((change, share), (residual, share - surrogate))):
-            cost = torch.linalg.vector_norm(moved, dim=-1).square().unflatten(1, (-1, block_q)).sum(-1).mT
+            cost = torch.linalg.vector_norm(moved, dim=-1).square().unflatten(1, (-1, len(rows))).sum(-1).mT
             both.append(cost)
-            errors[way] += _errors(moved, missing, cost, must, levels).cpu()
+            if len(levels):
+                errors[way] += _errors(moved, missing, cost, must, levels).cpu()
         costs.append(torch.stack(both))
         norm += float(output.square().sum())
-    return SkipCosts(torch.cat(sums).cpu(), torch.cat(costs, 1).cpu(), errors, norm)
+    block_sums, block_costs = torch.cat(sums).cpu(), torch.cat(costs, 1).cpu()
+    return SkipCosts(block_sums * stands_for, block_costs * stands_for, errors * stands_for, norm * stands_for)
 
 
 def block_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

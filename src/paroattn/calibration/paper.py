@@ -16,7 +16,7 @@ from paroattn.calibration.checkpoint import remove_work
 from paroattn.calibration.keep import check_density, check_reachable, keep_best
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.calibration.run import (
-    ORDER_STEPS,
+    THOROUGH,
     CalibrationRun,
     Prompt,
     calibration_checkpoint,
@@ -135,7 +135,7 @@ def collect_block_sums(
         return (OrderScores(*shape, run.grid, order_names, criterion, METRIC_ROW_SHARE, seed),)
 
     def score(accumulators: tuple[OrderScores], call: ObservedCall) -> None:
-        if call.step in spread(ORDER_STEPS, call.num_steps):
+        if call.step in spread(THOROUGH.order_steps, call.num_steps):
             accumulators[0].add(call)
 
     chosen = torch.zeros(shape, dtype=torch.uint8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 from paroattn.calibration import gpu
 from paroattn.calibration.capture import Accumulator
 from paroattn.calibration.checkpoint import Checkpoint, fingerprint, weights_fingerprint
+from paroattn.calibration.costs import LEVELS
 from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.calibration.kernels import REFERENCE, Kernels
 from paroattn.errors import InputError
@@ -28,8 +31,40 @@ from paroattn.ops.gpu.device import unavailable, unsupported
 from paroattn.plan import bucket_of
 
 Prompt = str | Mapping[str, Any]
-ORDER_STEPS = 3  # denoising steps at which orders are compared: they are stable over steps (paper, section 4.1)
 Accumulators = TypeVar("Accumulators", bound=tuple[Accumulator, ...])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much of a pipeline's attention calibration looks at.
+
+    Attributes:
+        samples: of each step and layer, of which guidance has two; None for all.
+        order_steps: denoising steps at which orders are compared: they are stable over steps (paper, section 4.1).
+        order_rows: share of the rows of blocks at which they are.
+        order_levels: densities at which they are.
+        cost_rows: share of a block's rows that stand for it in its costs.
+        error_rows: share of the rows of blocks at which errors are measured.
+        change_rows: share of the rows of blocks at which steps are compared.
+        sensitivity_steps: step buckets with backward passes, None for all; the others are interpolated.
+        cotangents: backward passes per recorded call; each averages over all elements of a head's output.
+        propagation_runs: step buckets that are approximated alone; the others are interpolated.
+    """
+
+    samples: int | None
+    order_steps: int
+    order_rows: float
+    order_levels: tuple[float, ...]
+    cost_rows: float
+    error_rows: float
+    change_rows: float
+    sensitivity_steps: int | None
+    cotangents: int
+    propagation_runs: int
+
+
+THOROUGH = Sampling(None, 3, 0.1, LEVELS, 1.0, 1.0, 0.05, None, 2, 8)
+QUICK = Sampling(1, 1, 0.03, (0.06, 0.15, 0.3, 0.5), 0.25, 0.25, 0.02, 2, 1, 3)
 
 
 class CalibrationRun:
@@ -43,6 +78,7 @@ class CalibrationRun:
         call_arguments: passed to every call of the pipeline.
         progress: show bars on stderr.
         checkpoint: where finished generations are kept; default: nowhere.
+        samples: how many of each step and layer are looked at; None for all.
 
     Attributes:
         identity: of the pipeline's transformers.
@@ -62,6 +98,7 @@ class CalibrationRun:
         call_arguments: Mapping[str, Any],
         progress: bool,
         checkpoint: Checkpoint | None = None,
+        samples: int | None = None,
     ):
         if isinstance(prompts, (str, Mapping)) or not prompts:
             raise InputError(f"prompts is {prompts!r}; expected a list of at least one prompt")
@@ -77,6 +114,7 @@ class CalibrationRun:
         self._seed = seed
         self._call_arguments = call_arguments
         self._progress = progress
+        self._samples = samples
         self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
 
     @property
@@ -97,6 +135,7 @@ class CalibrationRun:
         description: str,
         make: Callable[[], Accumulators],
         take: Callable[[Accumulators, ObservedCall], None],
+        last_step: Callable[[int], int] | None = None,
     ) -> Accumulators:
         """Generate from all prompts and add up their attention calls; from those that are not done, if some are.
 
@@ -105,28 +144,39 @@ class CalibrationRun:
             description: of the bar.
             make: the accumulators; called when the grid and the number of steps are known.
             take: adds a call to them.
+            last_step: the last step that is looked at, of so many; generations are then broken off. None for all.
         """
         found: list[Accumulators] = []
         done = self._resume(part, make, found)
         if done == len(self._prompts):
             return found[0]
 
+        taken: Counter[tuple[int, int]] = Counter()
+
         def add(call: ObservedCall) -> None:
-            self._called.add((call.step, call.layer))
+            place = (call.step, call.layer)
+            self._called.add(place)
             if not found:
                 found.append(make())
-            take(found[0], call)
+            wanted = None if self._samples is None else max(0, self._samples - taken[place])
+            taken[place] += len(call.query)
+            if wanted != 0:
+                take(found[0], call.first(wanted))
 
         with self.bar(len(self._prompts), description, "prompt", done) as bar:
 
             def follow(schedule: Schedule) -> None:
                 self._check_schedule(schedule)
+                if last_step is not None and schedule.step > last_step(schedule.num_steps):
+                    raise _BrokenOffError
                 bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
 
             watch: dict[str, Any] = {"on_forward": self._check_grid, "on_step": follow, "on_unseen": _refuse_unseen}
             with observe(self.pipeline, add, **watch):
                 for number in range(done, len(self._prompts)):
-                    self.generate_one(number)
+                    taken.clear()
+                    with suppress(_BrokenOffError):
+                        self.generate_one(number)
                     self._keep(part, number + 1, found[0])
                     bar.update()
         return found[0]
@@ -200,6 +250,10 @@ class CalibrationRun:
             "seed": self._seed,
             "num_inference_steps": self.num_steps,
         }
+
+
+class _BrokenOffError(Exception):
+    """Ends a generation whose other steps are not looked at."""
 
 
 def check_orders(order_names: Sequence[str] | None) -> None:

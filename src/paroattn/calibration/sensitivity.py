@@ -11,16 +11,17 @@ they are so noisy that plans made of them were worse (docs/fidelity.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paroattn.block_mask import block_count, pack_bits
-from paroattn.calibration.run import CalibrationRun, spread
+from paroattn.calibration.run import CalibrationRun, Sampling, spread
 from paroattn.integrations.apply import apply
 from paroattn.integrations.attach import Forward
 from paroattn.integrations.observe import ObservedCall, observe
@@ -29,9 +30,6 @@ from paroattn.integrations.schedule import Schedule
 from paroattn.plan import Plan
 from paroattn.quantize import Precision
 from paroattn.runner import Runner
-
-COTANGENTS = 2  # backward passes per recorded call; each averages over all elements of a head's output
-PROPAGATION_RUNS = 8  # step buckets that are approximated alone; the others are interpolated
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,46 +45,49 @@ class Effects:
     int4: Tensor
 
 
-def measure_effects(run: CalibrationRun, draft: Plan, errors: Tensor, *, seed: int = 0, int4: bool = False) -> Effects:
+def measure_effects(
+    run: CalibrationRun, draft: Plan, errors: Tensor, sampling: Sampling, *, seed: int = 0, int4: bool = False
+) -> Effects:
     """Effects of the heads of a pipeline on its first calibration prompt.
 
     Args:
         run: has generated before, so that its grid is known.
         draft: how steps are approximated to see what it does.
         errors: squared error of the heads' outputs under the draft, [buckets, layers, heads].
+        sampling: how much is measured.
         seed: of the random cotangents.
         int4: also measure INT4 (zeros otherwise).
     """
     steps_of: list[list[int]] = [[] for _ in range(draft.buckets)]
     for step in range(run.num_steps):
         steps_of[draft.bucket_of(run.schedule[step])].append(step)
-    steps = [own[len(own) // 2] for own in steps_of]
-    counts = [len(own) for own in steps_of]
+    buckets = spread(sampling.sensitivity_steps or draft.buckets, draft.buckets)
+    steps = {bucket: steps_of[bucket][len(steps_of[bucket]) // 2] for bucket in buckets}
     generator = torch.Generator().manual_seed(seed)
     kept = run.checkpoint.load("effects")
     if kept is None:
-        found, rounding, reference = [], [], None
+        found, rounding = [], []
     else:
-        found, rounding, reference = list(kept[0]["found"]), list(kept[0]["rounding"]), kept[0]["reference"]
+        found, rounding = list(kept[0]["found"]), list(kept[0]["rounding"])
         generator.set_state(kept[0]["generator"])
-    if len(found) < draft.buckets:
-        reference, calls = _generate_recording(run, steps)
-    assert reference is not None
-    with run.bar(draft.buckets, "calibration 3/4, effect of heads", "step", len(found)) as bar:
-        for bucket in range(len(found), draft.buckets):
-            probe = _HeadProbe(run.pipeline, draft, bucket, int4)
-            measured = [probe.measure(call, generator) for call in calls[steps[bucket]]]
+    reference = _Recording(run)
+    with run.bar(len(buckets), "calibration 3/4, effect of heads", "step", len(found)) as bar:
+        for bucket in buckets[len(found) :]:
+            probe = _HeadProbe(run.pipeline, draft, bucket, int4, sampling.cotangents)
+            calls = reference.calls_of(steps[bucket])[: sampling.samples]
+            measured = [probe.measure(call, generator) for call in calls]
             sensitivity, rounded = (torch.stack(parts).mean(0) for parts in zip(*measured, strict=True))
             found.append(sensitivity)
             rounding.append(rounded)
-            state = {"found": torch.stack(found), "rounding": torch.stack(rounding), "reference": reference.cpu()}
+            state = {"found": torch.stack(found), "rounding": torch.stack(rounding)}
             run.checkpoint.save("effects", {**state, "generator": generator.get_state()}, {})
             bar.update()
-    sensitivities = torch.stack(found)
-    gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), counts)
+    sensitivities = _interpolated(buckets, torch.stack(found).clamp(min=1e-30).log(), draft.buckets).exp()
+    gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), steps_of, sampling)
     weights = sensitivities * gains.view(-1, 1, 1)
-    steps_per_bucket = torch.tensor(counts, dtype=torch.float64).view(-1, 1, 1)
-    return Effects(weights, int4=(torch.stack(rounding) * weights * steps_per_bucket).sum(0))
+    steps_per_bucket = torch.tensor([len(own) for own in steps_of], dtype=torch.float64).view(-1, 1, 1)
+    int4_errors = _interpolated(buckets, torch.stack(rounding), draft.buckets)
+    return Effects(weights, int4=(int4_errors * weights * steps_per_bucket).sum(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,34 +95,95 @@ class _ForwardCall:
     """A forward call of a transformer, to be repeated."""
 
     transformer: Any
+    step: int
     arguments: Mapping[str, Any]
+    output: Any
 
     def __call__(self) -> Tensor:
         return self.transformer(**self.arguments)[0]
 
 
-def _generate_recording(run: CalibrationRun, steps: Sequence[int]) -> tuple[Tensor, dict[int, list[_ForwardCall]]]:
-    """Final latents of the first prompt, and the forward calls at some steps (two under guidance)."""
-    calls: dict[int, list[_ForwardCall]] = {step: [] for step in steps}
-    now: list[int] = []
+class _Recording:
+    """The first prompt's generation with the model's own attention: its forward calls and its final latents.
 
-    def follow(schedule: Schedule) -> None:
-        now[:] = [schedule.step]
+    It runs when it is first asked for, and what it holds is small: inputs and outputs of the transformers.
+    """
 
-    def record(forward: Forward) -> None:
-        if now[0] in calls:
-            transformer = run.pipeline.transformers[forward.transformer]
-            calls[now[0]].append(_ForwardCall(transformer, dict(forward.arguments)))
+    def __init__(self, run: CalibrationRun):
+        self._run = run
 
-    with observe(run.pipeline, lambda call: None, on_forward=record, on_step=follow):
-        return run.generate_one(0), calls
+    @cached_property
+    def _generation(self) -> tuple[Tensor, list[_ForwardCall]]:
+        calls: list[_ForwardCall] = []
+        step: list[int] = []
+
+        def follow(schedule: Schedule) -> None:
+            step[:] = [schedule.step]
+
+        def record(forward: Forward) -> None:
+            arguments.append(dict(forward.arguments))
+
+        def take(module: Any, _: Any, output: Any) -> None:
+            if output is not None:  # the call did not fail
+                kept = (output[0].clone(),) if isinstance(output, tuple) else type(output)(sample=output[0].clone())
+                calls.append(_ForwardCall(getattr(module, "_orig_mod", module), step[0], arguments.pop(), kept))
+
+        arguments: list[dict[str, Any]] = []
+        pipeline = self._run.pipeline
+        with observe(pipeline, lambda call: None, on_forward=record, on_step=follow):
+            hooks = [
+                hook
+                for number in range(len(pipeline.transformers))
+                for hook in pipeline.hook(number, before=lambda *_: None, after=take)
+            ]
+            try:
+                return self._run.generate_one(0), calls
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    @property
+    def latents(self) -> Tensor:
+        return self._generation[0]
+
+    def calls_of(self, step: int) -> list[_ForwardCall]:
+        """The forward calls of a step, two under guidance."""
+        return [call for call in self._generation[1] if call.step == step]
+
+    @contextmanager
+    def replayed(self, steps: int) -> Iterator[None]:
+        """The transformers answer the calls of the first steps with what they answered then, without computing it."""
+        left = [call for call in self._generation[1] if call.step < steps]
+        own = {transformer: vars(transformer).get("forward") for transformer in self._run.pipeline.transformers}
+
+        def answer(*_: Any, **__: Any) -> Any:
+            call = left.pop(0)
+            if not left:
+                put_back()
+            return call.output
+
+        def put_back() -> None:
+            for transformer, forward in own.items():
+                if forward is None:
+                    vars(transformer).pop("forward", None)
+                else:  # that of a library which moves weights when they are needed
+                    transformer.forward = forward
+
+        if left and not self._run.pipeline.is_compiled:
+            for transformer in own:
+                transformer.forward = answer
+        try:
+            yield
+        finally:
+            put_back()
 
 
 class _HeadProbe:
     """Backward passes through a transformer at one step bucket."""
 
-    def __init__(self, pipeline: Pipeline, draft: Plan, bucket: int, int4: bool):
+    def __init__(self, pipeline: Pipeline, draft: Plan, bucket: int, int4: bool, cotangents: int):
         self._pipeline = pipeline
+        self._cotangents = cotangents
         self._shape = (draft.model.layers, draft.model.heads)
         self._plans: tuple[Plan, ...] = ()
         if int4:
@@ -153,9 +215,9 @@ class _HeadProbe:
         with observe(self._pipeline, add_zeros), _for_gradients(forward.transformer), torch.enable_grad():
             output = forward()
             backward_began.append(True)
-            for number in range(COTANGENTS):
+            for number in range(self._cotangents):
                 cotangent = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-                gradients = torch.autograd.grad(output, touched, cotangent, retain_graph=number < COTANGENTS - 1)
+                gradients = torch.autograd.grad(output, touched, cotangent, retain_graph=number < self._cotangents - 1)
                 for layer, gradient in zip(layers, gradients, strict=True):
                     totals[layer] += gradient.double().square().sum((0, 1, 3)).cpu()
                     elements[layer] += gradient[:, :, 0].numel()
@@ -193,26 +255,38 @@ def _for_gradients(module: Any) -> Any:
 
 
 def _propagation(
-    run: CalibrationRun, draft: Plan, reference: Tensor, output_changes: Tensor, counts: Sequence[int]
+    run: CalibrationRun,
+    draft: Plan,
+    reference: _Recording,
+    output_changes: Tensor,
+    steps_of: Sequence[Sequence[int]],
+    sampling: Sampling,
 ) -> Tensor:
-    """Squared change of the final latents over that of the transformer's output, float64 [buckets].
+    """Squared change of the final latents over that of the transformer's output in one step, float64 [buckets].
 
-    Some buckets are approximated alone, each in a generation of its own; in between, logarithms are interpolated over
-    the schedule.
+    Some buckets are approximated alone, each in a generation of its own; in between, logarithms of the change per
+    length of the steps are interpolated over the schedule.
     """
-    measured = spread(PROPAGATION_RUNS, draft.buckets)
+    measured = spread(sampling.propagation_runs, draft.buckets)
+    lengths = -torch.tensor([*run.schedule, 0.0], dtype=torch.float64).diff()
+    lengths = torch.stack([lengths[list(own)].square().mean() for own in steps_of]).clamp(min=1e-12)
     kept = run.checkpoint.load("propagation")
     found: list[float] = [] if kept is None else kept[0]["found"].tolist()
     with run.bar(len(measured), "calibration 4/4, propagation of steps", "run", len(found)) as bar:
         for bucket in measured[len(found) :]:
-            with apply(run.pipeline, _only_in(draft, bucket)):
-                final = run.generate_one(0)
-            change = float((final.double().cpu() - reference.double().cpu()).square().sum())
-            found.append(change / max(float(output_changes[bucket]) * counts[bucket], 1e-30))
+            final = reference.latents.double().cpu()
+            with apply(run.pipeline, _only_in(draft, bucket)), reference.replayed(steps_of[bucket][0]):
+                change = float((run.generate_one(0).double().cpu() - final).square().sum())
+            found.append(change / max(float(output_changes[bucket]) * len(steps_of[bucket]), 1e-30))
             run.checkpoint.save("propagation", {"found": torch.tensor(found, dtype=torch.float64)}, {})
             bar.update()
-    gains = torch.tensor(found, dtype=torch.float64).clamp(min=1e-30).log()
-    return torch.stack([_between(measured, gains, bucket) for bucket in range(draft.buckets)]).exp()
+    gains = torch.tensor(found, dtype=torch.float64).clamp(min=1e-30) / lengths[measured]
+    return _interpolated(measured, gains.log(), draft.buckets).exp() * lengths
+
+
+def _interpolated(places: Sequence[int], values: Tensor, count: int) -> Tensor:
+    """Values [places, ...] at every place of range(count), linear in between and constant outside."""
+    return torch.stack([_between(places, values, place) for place in range(count)])
 
 
 def _between(places: Sequence[int], values: Tensor, place: int) -> Tensor:

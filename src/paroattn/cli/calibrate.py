@@ -18,7 +18,9 @@ from paroattn.cli.options import (
 )
 from paroattn.files import check_output
 
-_NOT_THE_PAPERS = ("target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers")
+_NOT_THE_PAPERS = (
+    "target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers", "thorough",
+)  # fmt: skip
 
 
 @click.command(
@@ -41,6 +43,7 @@ _NOT_THE_PAPERS = ("target_psnr", "target_speed_up", "block_q", "int8_share", "d
 @click.option("--dense-layers", type=click.IntRange(min=0), help="Layers, from the first, that stay dense; default: 0.")
 @click.option("--order", "order_names", multiple=True, help="Candidate token order; repeatable. Default: all.")
 @click.option("--block-q", type=click.Choice(("64", "128")), help="Queries per block; default: 64.")
+@click.option("--thorough", is_flag=True, default=None, help="Measure everything; several times slower.")
 @click.option("--method", type=click.Choice(("paroattn", "paper")), default="paroattn", show_default=True)
 @path_option("--output", "Plan file.", default="plan.safetensors", show_default=True)
 @seed_option

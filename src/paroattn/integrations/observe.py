@@ -70,6 +70,11 @@ class ObservedCall:
     def heads(self) -> int:
         return self.query.shape[2]
 
+    def first(self, count: int | None) -> ObservedCall:
+        """The call with its first samples only; None for all."""
+        mask = None if self.key_mask is None else self.key_mask[:count]
+        return replace(self, query=self.query[:count], key=self.key[:count], value=self.value[:count], key_mask=mask)
+
     def samples(self) -> Iterator[Sample]:
         """The call's samples; padding is left out, since nothing attends to it."""
         for number, (q, k, v) in enumerate(zip(self.query, self.key, self.value, strict=True)):

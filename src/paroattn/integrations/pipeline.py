@@ -99,6 +99,13 @@ class Pipeline:
         )
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether a transformer as a whole was compiled, not only its blocks."""
+        return any(isinstance(item, nn.Module) and item._compiled_call_impl for item in self.transformers) or (
+            self._outer != self.transformers
+        )
+
+    @property
     def makes_frames(self) -> bool:
         """Whether it can decode latents to frames."""
         return getattr(self._pipe, "vae", None) is not None
@@ -129,6 +136,11 @@ class Pipeline:
             if "check_inputs" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
                 raise
             raise InputError(f"{type(self._pipe).__name__} refuses its arguments: {error}") from error
+        except BaseException:
+            # Parts that are moved when they are needed go back, as at the end of a generation.
+            if hasattr(self._pipe, "maybe_free_model_hooks"):
+                self._pipe.maybe_free_model_hooks()
+            raise
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:

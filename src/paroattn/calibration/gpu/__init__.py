@@ -76,22 +76,27 @@ def skip_costs(
     *,
     block_q: int = BLOCK,
     q_blocks: Tensor | None = None,
+    rows: Tensor | None = None,
     levels: Sequence[float] = LEVELS,
 ) -> list[SkipCosts]:
     """Costs and errors of skipping blocks, of heads [H, N, D] on a GPU, each in an order of its own.
 
     Args: as `paroattn.calibration.kernels.skip_costs_of_heads`; 16-bit tensors are multiplied as they are. The
-        costliest blocks of a level are those of all rows that are looked at.
+        costliest blocks of a level are those of all rows that are looked at. `rows` of a block are 16, 32 or all,
+        all where there are levels.
     """
     check_device(q)
-    rows = q.shape[1] if q_blocks is None else len(q_blocks) * block_q
-    at_once = max(1, _MOST_ENTRIES // (block_count(q.shape[1], BLOCK) * rows))
+    if q_blocks is None:
+        q_blocks = torch.arange(block_count(q.shape[1], block_q))
+    if rows is None:
+        rows = torch.arange(block_q)
+    at_once = max(1, _MOST_ENTRIES // (block_count(q.shape[1], BLOCK) * len(q_blocks) * len(rows)))
     found: list[SkipCosts] = []
     with on_device_of(q):
         for first in range(0, len(q), at_once):
             own = slice(first, first + at_once)
             index = torch.stack(list(orders[own])).to(q.device, torch.int64)
-            found += _skip_costs(q[own], k[own], v[own], index, scale, required, block_q, q_blocks, levels)
+            found += _skip_costs(q[own], k[own], v[own], index, scale, required, block_q, q_blocks, rows, levels)
     return found
 
 
@@ -103,19 +108,21 @@ def _skip_costs(
     scale: float,
     required: Tensor,
     block_q: int,
-    q_blocks: Tensor | None,
+    q_blocks: Tensor,
+    looked_at: Tensor,
     levels: Sequence[float],
 ) -> list[SkipCosts]:
     from paroattn.calibration.gpu import kernels
 
     device, (heads, tokens, head_dim) = q.device, q.shape
     width = 64 if head_dim <= 64 else 128
-    columns, per_block = block_count(tokens, BLOCK), block_q // BLOCK
-    if q_blocks is None:
-        q_blocks = torch.arange(block_count(tokens, block_q))
-    index = (q_blocks.unsqueeze(-1) * block_q + torch.arange(block_q)).flatten()
+    columns = block_count(tokens, BLOCK)
+    # A q block's rows fill tiles of 64, or a part of one.
+    per_block, groups = max(1, len(looked_at) // BLOCK), max(1, BLOCK // len(looked_at))
+    stands_for = block_q / len(looked_at)
+    index = (q_blocks.unsqueeze(-1) * block_q + looked_at).flatten()
     index = index[index < tokens].to(device)
-    rows, tiles = len(index), len(q_blocks) * per_block
+    rows, tiles = len(index), block_count(len(q_blocks) * len(looked_at), BLOCK)
     q, k, v = (
         x.detach().gather(1, which.unsqueeze(-1).expand(-1, -1, head_dim))
         for x, which in ((q, orders[:, index]), (k, orders), (v, orders))
@@ -138,27 +145,49 @@ def _skip_costs(
     surrogate[..., :rows] = torch.exp2(logits.div_(math.log(2)) - lse[:, None, :rows])
     of_heads = (q, k, v, lse, output, surrogate, mean_v)
 
-    sums, costs = new(heads, tiles, columns), new(heads, tiles, 2, columns)
-    kernels.block_costs[(tiles, heads)](*of_heads, sums, costs, scale, tokens, **constants)
-    sums, costs = (x.unflatten(1, (-1, per_block)).sum(2) for x in (sums, costs))
+    sums, costs = new(heads, tiles * groups, columns), new(heads, tiles * groups, 2, columns)
+    kernels.block_costs[(tiles, heads)](*of_heads, sums, costs, scale, tokens, GROUPS=groups, **constants)
+    sums, costs = (x.unflatten(1, (-1, per_block)).sum(2)[:, : len(q_blocks)] * stands_for for x in (sums, costs))
     costs = costs.permute(2, 0, 1, 3)  # [2, heads, q blocks, kv blocks]
+    norms = output.square().sum((1, 2)) * stands_for
+    errors = torch.zeros(2, heads, 0, dtype=torch.float64, device=device)
+    if len(levels):
+        errors = _errors(of_heads, costs, levels, required[q_blocks].to(device), scale, tokens, rows, constants)
+    parts = (sums.cpu(), costs.transpose(0, 1).cpu(), errors.transpose(0, 1).cpu(), norms.tolist())
+    return [SkipCosts(*own) for own in zip(*parts, strict=True)]
+
+
+def _errors(
+    of_heads: tuple[Tensor, ...],
+    costs: Tensor,
+    levels: Sequence[float],
+    required: Tensor,
+    scale: float,
+    tokens: int,
+    rows: int,
+    constants: dict[str, int],
+) -> Tensor:
+    """Errors of `SkipCosts`, float64 [2, heads, levels]; costs [2, heads, q blocks, kv blocks]."""
+    from paroattn.calibration.gpu import kernels
+
+    surrogate, mean_v = of_heads[5:]
+    heads, columns, padded = surrogate.shape
+    tiles = padded // BLOCK
+    per_block = tiles // costs.shape[2]
 
     # The blocks of a level are among those of the next one: one walk over a row's list meets all levels.
-    level = keep_levels(costs, levels, required[q_blocks].to(device))
+    level = keep_levels(costs, levels, required)
     lists = level.argsort(dim=-1, stable=True).int()
     kept = torch.stack([(level <= number).sum(-1) for number in range(len(levels))], -1)  # [2, heads, q blocks, levels]
     last = kept - 1
-    wanted = torch.zeros(lists.shape, dtype=torch.uint8, device=device).scatter_(-1, last, 1)
-    errors = new(2, heads, tiles, columns)
+    wanted = torch.zeros(lists.shape, dtype=torch.uint8, device=costs.device).scatter_(-1, last, 1)
+    errors = torch.empty((2, heads, tiles, columns), dtype=torch.float32, device=costs.device)
     everything = (surrogate.mT @ mean_v, surrogate.sum(1))
     ends = kept[..., -1].int()
     kernels.kept_errors[(tiles, heads, 2)](
         *of_heads, *everything, lists, ends, wanted, errors, scale, tokens, rows, per_block, **constants
     )
-    errors = errors.gather(-1, last.repeat_interleave(per_block, 2)).sum(2, dtype=torch.float64)
-    norms = output.square().sum((1, 2)).tolist()
-    parts = (sums.cpu(), costs.transpose(0, 1).cpu(), errors.transpose(0, 1).cpu(), norms)
-    return [SkipCosts(*own) for own in zip(*parts, strict=True)]
+    return errors.gather(-1, last.repeat_interleave(per_block, 2)).sum(2, dtype=torch.float64)
 
 
 KERNELS = Kernels(skip_costs, block_sums)

@@ -123,14 +123,20 @@ def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D
 
 
 @triton.jit
+def _of_groups(x, GROUPS: tl.constexpr):
+    """Sums [groups] of 64 values."""
+    return tl.sum(tl.reshape(x, (GROUPS, BLOCK_KV // GROUPS)), 1)
+
+
+@triton.jit
 def block_costs(
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, sums_ptr, costs_ptr, scale, tokens,
-    D: tl.constexpr,
+    D: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of P and costs of skipping each kv block; grid (tiles, heads).
+    """Sums of P and costs of skipping each kv block, for each group of rows in a tile; grid (tiles, heads).
 
-    surrogate float32 [heads, kv blocks, tiles * 64], mean_v float32 [heads, kv blocks, D]; sums float32 [heads, tiles,
-    kv blocks], costs [heads, tiles, 2 ways, kv blocks].
+    surrogate float32 [heads, kv blocks, tiles * 64], mean_v float32 [heads, kv blocks, D]; sums float32 [heads, tiles *
+    groups, kv blocks], costs [heads, tiles * groups, 2 ways, kv blocks].
     """
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
     tile, tiles, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
@@ -141,8 +147,9 @@ def block_costs(
     q = _tile(q_ptr, tl.program_id(0), D)
     lse = tl.load(lse_ptr + row)
     output = tl.load(output_ptr + row[:, None] * D + channel[None, :])
-    sums_ptr += (head * tiles + tile) * blocks
-    costs_ptr += (head * tiles + tile) * 2 * blocks
+    group = tl.arange(0, GROUPS)
+    sums_ptr += ((head * tiles + tile) * GROUPS + group) * blocks
+    costs_ptr += ((head * tiles + tile) * GROUPS + group) * 2 * blocks
     for block in range(0, blocks):
         p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
         share = tl.sum(p, 1)
@@ -150,9 +157,9 @@ def block_costs(
         surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row)
         mean_v = tl.load(mean_v_ptr + block * D + channel)
         residual = change - surrogate[:, None] * (mean_v[None, :] - output)
-        tl.store(sums_ptr + block, tl.sum(p))
-        tl.store(costs_ptr + block, tl.sum(change * change))
-        tl.store(costs_ptr + blocks + block, tl.sum(residual * residual))
+        tl.store(sums_ptr + block, _of_groups(share, GROUPS))
+        tl.store(costs_ptr + block, _of_groups(tl.sum(change * change, 1), GROUPS))
+        tl.store(costs_ptr + blocks + block, _of_groups(tl.sum(residual * residual, 1), GROUPS))
 
 
 @triton.jit
