@@ -58,6 +58,29 @@ def sampling_table(records: list[dict]) -> list[str]:
     ]
 
 
+def model_calibration_table(records: list[dict]) -> list[str]:
+    """Seconds of a whole calibration by model, part by part, beside those of a generation."""
+    names = {"orders": "orders", "costs": "costs and choice of blocks", "effects": "effects", "calibration": "whole"}
+    rows = [
+        (
+            record["preset"],
+            str(record["layers"]),
+            str(record["steps"]),
+            *(f"{record['seconds'][name]:.0f}" for name in names),
+            f"{record['seconds']['generation']:.1f}",
+            f"{record['peak_gib']:.0f}",
+        )
+        for record in records
+    ]
+    heads = ("model", "layers", "steps", *names.values(), "one generation", "peak GiB on the GPU")
+    return [
+        *table(heads, rows),
+        "",
+        "Seconds; one prompt with guidance, random weights, not compiled; one generation has as many steps. "
+        f"{surroundings(records[0])}.",
+    ]
+
+
 def calibration_table(records: list[dict]) -> list[str]:
     """Milliseconds per head by call and shape, and how many dense attentions of a head that is."""
     shapes = list(dict.fromkeys((record["tokens"], record["head_dim"]) for record in records))

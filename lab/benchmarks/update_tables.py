@@ -22,6 +22,7 @@ from gpu_tables import (
     correctness_table,
     counters_table,
     gpu_attention_table,
+    model_calibration_table,
     sampling_table,
     trials_table,
 )
@@ -47,6 +48,7 @@ KINDS = {
     "model": model_table,
     "gpu calibration": calibration_table,
     "calibration sampling": sampling_table,
+    "gpu model calibration": model_calibration_table,
     "gpu correctness": correctness_table,
     "gpu counters": counters_table,
     "gpu trial": trials_table,
