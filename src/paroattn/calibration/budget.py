@@ -176,9 +176,9 @@ def select_by_cost(
 
 
 def _score(statistics: CostStatistics, selection: Selection, place: tuple[int, ...], compensated: bool) -> Tensor:
-    """What the blocks of a head are ranked by, float32 [q blocks, kv blocks]."""
+    """What the blocks of a head are ranked by, [q blocks, kv blocks]."""
     if selection.score == "cost":
-        return statistics.costs[(COMPENSATE if compensated else DROP, *place)].float()
+        return statistics.costs[(COMPENSATE if compensated else DROP, *place)]
     if statistics.block_sums is None:
         raise InputError("score 'block sum' needs statistics with block sums; collect them with block_sums=True")
     return statistics.block_sums[place]
