@@ -13,6 +13,7 @@ from tiny_models import MODELS
 
 import paroattn
 from paroattn.block_mask import block_count, text_blocks, unpack_bits
+from paroattn.calibration.calibrate import collect_costs
 from paroattn.integrations.attach import Attachment
 from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules
 from paroattn.integrations.pipeline import Pipeline
@@ -157,6 +158,20 @@ def test_of_two_transformers_each_has_its_own_steps(monkeypatch):
     with paroattn.apply(pipe, plan, strict=True) as handle:
         assert relative_error(model.latents(pipe, steps=6), full) > 1e-5
     assert handle.report().dense == {}
+
+
+def test_effects_of_two_transformers_are_measured_in_the_steps_of_each():
+    model = tiny_models.WAN22
+    quick, thorough = (
+        collect_costs(model.pipe(), [model.call(steps=6)], densities=(0.8,), thorough=how, progress=False)
+        for how in (False, True)
+    )
+    for costs in (quick, thorough):
+        called = (costs.usage > 0).unsqueeze(-1).expand_as(costs.weights)
+        assert (costs.weights[called] > 0).all()
+        assert (costs.weights[~called] == 0).all()
+    ratio = (quick.weights / thorough.weights)[called].log()
+    assert (ratio - ratio.mean()).abs().max() < 2.5  # few cotangents and interpolated, but nothing is starved
 
 
 def test_a_transformer_that_was_never_calibrated_stays_dense_and_says_so():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import block_count, pack_bits
+from paroattn.calibration.mask_table import nearest_called
 from paroattn.calibration.run import CalibrationRun, Sampling, spread
 from paroattn.integrations.apply import apply
 from paroattn.integrations.attach import Forward
@@ -61,7 +62,8 @@ def measure_effects(
     steps_of: list[list[int]] = [[] for _ in range(draft.buckets)]
     for step in range(run.num_steps):
         steps_of[draft.bucket_of(run.schedule[step])].append(step)
-    buckets = spread(sampling.sensitivity_steps or draft.buckets, draft.buckets)
+    called = draft.usage > 0
+    buckets = _probed_buckets(run.pipeline, called, sampling.sensitivity_steps or draft.buckets)
     steps = {bucket: steps_of[bucket][len(steps_of[bucket]) // 2] for bucket in buckets}
     generator = torch.Generator().manual_seed(seed)
     kept = run.checkpoint.load("effects")
@@ -82,12 +84,25 @@ def measure_effects(
             state = {"found": torch.stack(found), "rounding": torch.stack(rounding)}
             run.checkpoint.save("effects", {**state, "generator": generator.get_state()}, {})
             bar.update()
-    sensitivities = _interpolated(buckets, torch.stack(found).clamp(min=1e-30).log(), draft.buckets).exp()
+    # Layers that a bucket does not call have the sensitivity of the nearest one that does.
+    own = nearest_called(called[buckets].float()).unsqueeze(-1).expand(len(buckets), -1, draft.model.heads)
+    logs = torch.stack(found).clamp(min=1e-30).log().gather(0, own)
+    sensitivities = _interpolated(buckets, logs, draft.buckets).exp() * called.unsqueeze(-1)
     gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), steps_of, sampling)
     weights = sensitivities * gains.view(-1, 1, 1)
     steps_per_bucket = torch.tensor([len(own) for own in steps_of], dtype=torch.float64).view(-1, 1, 1)
     int4_errors = _interpolated(buckets, torch.stack(rounding), draft.buckets)
     return Effects(weights, int4=(int4_errors * weights * steps_per_bucket).sum(0))
+
+
+def _probed_buckets(pipeline: Pipeline, called: Tensor, count: int) -> list[int]:
+    """Step buckets, ascending: at most `count` of those that call each transformer; called: bool [buckets, layers]."""
+    buckets, first = set(), 0
+    for layers in pipeline.layers:
+        own = called[:, first : first + len(layers)].any(1).nonzero().flatten().tolist()
+        buckets |= {own[place] for place in spread(count, len(own))} if own else set()
+        first += len(layers)
+    return sorted(buckets)
 
 
 @dataclass(frozen=True, eq=False)
