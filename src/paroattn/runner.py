@@ -193,7 +193,7 @@ class LayerRunner:
         if not query.dtype == key.dtype == value.dtype:
             return Dense(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
         expected = self._visual_tokens
-        if expected is not None and tokens != expected and not (self._takes_text and tokens > expected):
+        if expected is not None and (tokens < expected or (not self._takes_text and tokens != expected)):
             return Dense(f"there are {tokens} tokens; the plan has {expected}")
         operator = self._operator
         if operator is None or not operator.fits(query, scale):

@@ -124,8 +124,11 @@ def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D
 
 @triton.jit
 def _of_groups(x, GROUPS: tl.constexpr):
-    """Sums [groups] of 64 values."""
-    return tl.sum(tl.reshape(x, (GROUPS, BLOCK_KV // GROUPS)), 1)
+    """Sums [groups] of x [64, D]."""
+    if GROUPS == 1:  # over rows first, registers would spill on sm90
+        return tl.full([1], 0.0, tl.float32) + tl.sum(x)
+    else:
+        return tl.sum(tl.reshape(tl.sum(x, 1), (GROUPS, BLOCK_KV // GROUPS)), 1)
 
 
 @triton.jit
@@ -157,9 +160,9 @@ def block_costs(
         surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row)
         mean_v = tl.load(mean_v_ptr + block * D + channel)
         residual = change - surrogate[:, None] * (mean_v[None, :] - output)
-        tl.store(sums_ptr + block, _of_groups(share, GROUPS))
-        tl.store(costs_ptr + block, _of_groups(tl.sum(change * change, 1), GROUPS))
-        tl.store(costs_ptr + blocks + block, _of_groups(tl.sum(residual * residual, 1), GROUPS))
+        tl.store(sums_ptr + block, _of_groups(p, GROUPS))
+        tl.store(costs_ptr + block, _of_groups(change * change, GROUPS))
+        tl.store(costs_ptr + blocks + block, _of_groups(residual * residual, GROUPS))
 
 
 @triton.jit
