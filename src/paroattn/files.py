@@ -29,11 +29,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
-    """Raise `InputError` where a file cannot be written later, or would take the place of one that is read."""
+def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise `InputError` where a file cannot be written later, or would take the place of one that is read.
+
+    inputs: files that are read; None for one that was not given.
+    """
     path = Path(path)
     for given in inputs:
-        if path.resolve() == Path(given).resolve():
+        if given is not None and path.resolve() == Path(given).resolve():
             raise InputError(f"output {str(path)!r} is also an input; choose another file name")
     if path.is_dir():
         raise InputError(f"output {str(path)!r} is a directory; expected a file name")

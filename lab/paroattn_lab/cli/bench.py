@@ -172,7 +172,7 @@ def bench_model(
     from paroattn_lab.speed import model_bench, subjects
 
     if output is not None:
-        check_output(output, *([plan_path] if plan_path else []))
+        check_output(output, plan_path)
     Precision.parse(precision)
     for density in settings["densities"]:
         check_density(density)

@@ -138,7 +138,7 @@ def evaluate(
     if precisions and not methods:
         raise click.UsageError(f"--precision is {precisions[0]}, which needs --method paper or paroattn")
     require_report()
-    check_outputs(output_dir, report, *plans, *([prompt_file] if prompt_file else []))
+    check_outputs(output_dir, report, *plans, prompt_file)
     _check_methods(methods)
     densities = tuple(dict.fromkeys(densities))
     _check_densities(densities)
@@ -228,7 +228,7 @@ def ablate(
     from paroattn_lab.report.tables import ablation_table
 
     require_report()
-    check_outputs(output_dir, report, *([prompt_file] if prompt_file else []))
+    check_outputs(output_dir, report, prompt_file)
     _check_methods(methods)
     learned = find_learned_metrics(clip_model, fvd_model)
     _check_densities(densities)

@@ -44,7 +44,7 @@ comparison_options = options(
 report_option = path_option("--report", "HTML page to write; default: report.html in the output folder.")
 
 
-def check_outputs(output_dir: Path, report: Path | None, *inputs: Path) -> None:
+def check_outputs(output_dir: Path, report: Path | None, *inputs: Path | None) -> None:
     """Raise `InputError`, before work begins, where results cannot be written or would take the place of an input."""
     check_output(output_dir / "records.jsonl", *inputs)
     check_output(report or output_dir / "report.html", *inputs)

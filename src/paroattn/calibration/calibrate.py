@@ -87,8 +87,8 @@ def calibrate(
         int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most.
         dense_steps: share of the schedule, from its start, in which all blocks are computed.
         dense_layers: number of layers, from the first, that stay dense and exact.
-        thorough: look at all rows, steps and passes of guidance, and measure every effect instead of interpolating:
-            several times slower, for a plan that is hardly better (docs/fidelity.md).
+        thorough: look at all rows, steps and passes of guidance, and measure every effect instead of interpolating.
+            It takes longer; docs/fidelity.md says what it brings.
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
             interruption continues from them. Its files are deleted in the end. None keeps nothing.

@@ -63,8 +63,30 @@ class Sampling:
     propagation_runs: int
 
 
-THOROUGH = Sampling(None, 3, 0.1, LEVELS, 1.0, 1.0, 0.05, None, 2, 8)
-QUICK = Sampling(1, 1, 0.03, (0.06, 0.15, 0.3, 0.5), 0.25, 0.25, 0.02, 2, 1, 3)
+THOROUGH = Sampling(
+    samples=None,
+    order_steps=3,
+    order_rows=0.1,
+    order_levels=LEVELS,
+    cost_rows=1.0,
+    error_rows=1.0,
+    change_rows=0.05,
+    sensitivity_steps=None,
+    cotangents=2,
+    propagation_runs=8,
+)
+QUICK = Sampling(
+    samples=1,
+    order_steps=1,
+    order_rows=0.03,
+    order_levels=(0.06, 0.15, 0.3, 0.5),
+    cost_rows=0.25,
+    error_rows=0.25,
+    change_rows=0.02,
+    sensitivity_steps=2,
+    cotangents=1,
+    propagation_runs=3,
+)
 
 
 class CalibrationRun:

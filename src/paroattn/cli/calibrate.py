@@ -43,7 +43,7 @@ _NOT_THE_PAPERS = (
 @click.option("--dense-layers", type=click.IntRange(min=0), help="Layers, from the first, that stay dense; default: 0.")
 @click.option("--order", "order_names", multiple=True, help="Candidate token order; repeatable. Default: all.")
 @click.option("--block-q", type=click.Choice(("64", "128")), help="Queries per block; default: 64.")
-@click.option("--thorough", is_flag=True, default=None, help="Measure everything; several times slower.")
+@click.option("--thorough", is_flag=True, default=None, help="Measure everything instead of a part; slower.")
 @click.option("--method", type=click.Choice(("paroattn", "paper")), default="paroattn", show_default=True)
 @path_option("--output", "Plan file.", default="plan.safetensors", show_default=True)
 @seed_option

@@ -44,7 +44,7 @@ def generate(
 
     if output is not None:
         check_path(output)
-        check_output(output, *([plan_path] if plan_path else []))
+        check_output(output, plan_path)
     plan = Plan.load(plan_path) if plan_path else None
     model = load(**model_arguments)
     output = output or Path("image.png" if model.makes_images else "video.mp4")

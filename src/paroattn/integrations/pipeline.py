@@ -101,9 +101,7 @@ class Pipeline:
     @property
     def is_compiled(self) -> bool:
         """Whether a transformer as a whole was compiled, not only its blocks."""
-        return any(isinstance(item, nn.Module) and item._compiled_call_impl for item in self.transformers) or (
-            self._outer != self.transformers
-        )
+        return self._outer != self.transformers or any(item._compiled_call_impl for item in self.transformers)
 
     @property
     def makes_frames(self) -> bool:
@@ -132,14 +130,13 @@ class Pipeline:
         """What a call of the pipeline with these arguments returns first; `InputError` for arguments it refuses."""
         try:
             return self._pipe(**arguments)[0]
-        except ValueError as error:
-            if "check_inputs" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
-                raise
-            raise InputError(f"{type(self._pipe).__name__} refuses its arguments: {error}") from error
-        except BaseException:
+        except BaseException as error:
             # Parts that are moved when they are needed go back, as at the end of a generation.
             if hasattr(self._pipe, "maybe_free_model_hooks"):
                 self._pipe.maybe_free_model_hooks()
+            raised_in = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            if isinstance(error, ValueError) and "check_inputs" in raised_in:
+                raise InputError(f"{type(self._pipe).__name__} refuses its arguments: {error}") from error
             raise
 
     @property

@@ -82,8 +82,8 @@ def skip_costs(
     """Costs and errors of skipping blocks, of heads [H, N, D] on a GPU, each in an order of its own.
 
     Args: as `paroattn.calibration.kernels.skip_costs_of_heads`; 16-bit tensors are multiplied as they are. The
-        costliest blocks of a level are those of all rows that are looked at. `rows` of a block are 16, 32 or all,
-        all where there are levels.
+        costliest blocks of a level are those of all rows that are looked at. `rows` of a block are 8, 16, 32 or
+        all, all where there are levels.
     """
     check_device(q)
     if q_blocks is None:
