@@ -117,6 +117,21 @@ def test_hidden_text_tokens_are_as_if_they_were_not_there():
     assert not torch.allclose(costs.means()[0], found[0][0])
 
 
+def test_costs_in_a_byte_are_those_in_two_to_a_part_of_an_octave():
+    grid, index = TokenGrid(6, 8, 12, 4, "prefix"), torch.zeros(1, 2, dtype=torch.uint8)
+    in_bytes, in_two = (BlockCosts(1, ("WHF",), index, grid, in_bytes=choice) for choice in (True, False))
+    for costs in (in_bytes, in_two):
+        costs.add(0, replace(call(0, grid=grid), value=call(0, grid=grid).value / 30))  # the next ones are far larger
+        costs.add(0, call(1, grid=grid))
+    codes, expected = in_bytes.means()[1].float(), in_two.means()[1].float()
+    assert torch.equal(codes == 0, expected == 0)  # text
+    assert (codes > 0).sum() > 50
+    for head in range(2):
+        own, of_head = codes[:, :, :, head], expected[:, :, :, head]
+        octaves = of_head[own > 0].log2() - own[own > 0] / 8
+        assert octaves.amax() - octaves.amin() < 0.2  # half a code twice, and bfloat16
+
+
 def test_step_change_is_infinite_where_other_layers_are_called():
     change = StepChange(2, 2, GRID, 1.0, seed=0)
     for step, layer in enumerate((0, 0, 1, 1)):

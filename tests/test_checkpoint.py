@@ -1,5 +1,7 @@
 """Calibrations that are interrupted go on where they were, and end with the same plan."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -10,10 +12,11 @@ from paroattn.calibration.calibrate import collect_costs
 from paroattn.calibration.checkpoint import Checkpoint, fingerprint, remove_work, weights_fingerprint
 from paroattn.calibration.run import QUICK, CalibrationRun
 from paroattn.cli.group import command_line
+from paroattn.errors import InputError
 
 PROMPTS = [tiny.call_arguments(), {**tiny.call_arguments(), "prompt_embeds": tiny.NEGATIVE}]
-RECORDED = 2 * len(PROMPTS) + 1  # by then the generation that others begin in the middle of is recorded
-GENERATIONS = {"paroattn": RECORDED + QUICK.propagation_runs, "paper": 2 * len(PROMPTS)}
+RECORDED = len(PROMPTS) + 1  # the number of the generation that is recorded: later ones begin in the middle of it
+GENERATIONS = {"paroattn": 2 * len(PROMPTS) + QUICK.propagation_runs, "paper": 2 * len(PROMPTS)}
 ORIGINAL = CalibrationRun.generate_one
 
 
@@ -71,7 +74,7 @@ def expected(pipe, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "stop_at"),
-    [("paroattn", number) for number in range(1, 9)] + [("paper", number) for number in (1, 2, 4)],
+    [("paroattn", number) for number in range(1, 8)] + [("paper", number) for number in (1, 2, 4)],
 )
 def test_an_interrupted_calibration_goes_on_where_it_was(pipe, generations, expected, tmp_path, method, stop_at):
     generations.stop_at = stop_at
@@ -80,7 +83,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(pipe, generations, expe
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".calibration"]
     generations.stop_at, generations.count = None, 0
     calibrate(pipe, tmp_path / "work", method=method).save(tmp_path / "plan")
-    again = method == "paroattn" and stop_at > RECORDED  # with what it recorded the others begin in the middle
+    again = method == "paroattn" and stop_at > RECORDED
     assert generations.count == GENERATIONS[method] - (stop_at - 1) + again
     assert (tmp_path / "plan").read_bytes() == expected[method]
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
@@ -185,5 +188,34 @@ def test_the_command_ends_with_one_line_and_goes_on(generations, tmp_path):
     generations.stop_at, generations.count = None, 0
     result = CliRunner().invoke(command_line, arguments)
     assert result.exit_code == 0, result.output
-    assert generations.count == 4  # costs, recording, and one for each of two steps
+    assert generations.count == 3  # costs, and one for each of two steps
     assert [path.name for path in output.iterdir()] == ["plan.safetensors"]
+
+
+def test_costs_beyond_the_memory_lie_in_a_file(pipe, tmp_path, expected, monkeypatch):
+    made, from_file = [], torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: made.append(args) or from_file(*args, **kwargs))
+    calibrate(pipe, tmp_path / "work", memory_gb=1e-9).save(tmp_path / "plan")
+    ((name,),) = made
+    assert str(tmp_path / "work") in name
+    assert (tmp_path / "plan").read_bytes() == expected["paroattn"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_costs_that_fit_nowhere_are_refused_before_anything_was_generated(pipe, generations, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(InputError, match=r"costs takes .* more than memory_gb is, and than the .* free in '.*work'"):
+        calibrate(pipe, tmp_path / "work", memory_gb=1e-9)
+    assert generations.count == 1
+    with pytest.raises(InputError, match="memory_gb is 0; expected a number above 0"):
+        calibrate(pipe, None, memory_gb=0)
+
+
+def test_quick_calibration_looks_at_one_step_of_each_bucket(pipe):
+    """Layers that begin to be called within a bucket are looked at in a step of their own."""
+    run = CalibrationRun(pipe, PROMPTS, (), 0, {}, False)
+    run.schedule = (1.0, 0.8, 0.6, 0.4, 0.2)
+    assert run.steps_of((0.0, 0.4), 1) == {(step, layer) for step in (1, 3) for layer in (0, 1)}
+    run._called = {(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)}
+    assert run.steps_of((0.0, 0.4), 1) == {(1, 0), (2, 0), (4, 1)}
+    assert run.steps_of((0.0, 0.4), None) == run._called

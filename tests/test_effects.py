@@ -71,7 +71,7 @@ def draft_errors(pipe, draft):
 
 
 def test_backward_passes_tell_what_noise_in_a_head_does_to_the_models_output(pipe, draft):
-    (call,) = effects._Recording(calibration_run(pipe)).calls_of(3)
+    (call,) = calibration_run(pipe).recorded().calls_of(3)
     probe = effects._HeadProbe(pipe, draft, 1, True, cotangents=50)
     sensitivity, int4 = probe.measure(call, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def test_guidance_with_two_calls_per_step_is_averaged(pipe, draft):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_generations_take_over_the_steps_before_an_approximated_one(pipe, draft, guidance):
     run = calibration_run(pipe, guidance_scale=guidance)
-    recording, computed = effects._Recording(run), []
+    recording, computed = run.recorded(), []
     with paroattn.apply(pipe, effects._only_in(draft, 1)):
         expected = run.generate_one(0)
     assert not torch.equal(expected, recording.latents)

@@ -29,10 +29,11 @@ def test_kept_blocks_are_as_many_as_asked_and_the_best(seed, heads, blocks, text
         assert score[kept & ~forced].min() >= score[~kept].max()
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1), (torch.uint8, 254)])
 @given(st.integers(0, 999), st.integers(1, 9), st.integers(0, 3), st.floats(0.01, 1), st.integers(0, 8))
-def test_scores_in_bfloat16_keep_the_same_but_for_equal_ones(seed, blocks, text_rows, density, octaves):
+def test_coarse_scores_keep_the_same_but_for_equal_ones(dtype, most, seed, blocks, text_rows, density, octaves):
     generator = torch.Generator().manual_seed(seed)
-    score = torch.rand(2, blocks, blocks, generator=generator).pow(octaves).to(torch.bfloat16)
+    score = torch.rand(2, blocks, blocks, generator=generator).pow(octaves).mul(most).to(dtype)
     score[torch.rand(score.shape, generator=generator) < 0.2] = 0
     required = torch.zeros(blocks, blocks, dtype=torch.bool)
     required[blocks - min(text_rows, blocks) :] = True

@@ -36,8 +36,8 @@ class CostStatistics:
         bucket_edges: start of each step bucket, fractions of the schedule.
         block_q: queries per block.
         block_sums: of P, [buckets, layers, heads, q blocks, kv blocks], or None where they were not asked for.
-        costs: of skipping one block, dropped or approximated by its means, bfloat16 [2, buckets, layers, heads, q, kv];
-            comparable within a head.
+        costs: of skipping one block, dropped or approximated by its means, bfloat16 or codes in uint8,
+            [2, buckets, layers, heads, q, kv]; comparable within a head.
         errors: squared change of the head's output at the densities `LEVELS`, [2, buckets, layers, heads, levels].
         norms: squared norm of the head's output, [buckets, layers, heads].
         weights: squared change of the final result per unit of error in one step of a bucket, [buckets, layers, heads].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK
+from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration.budget import CostStatistics, Selection, interpolate, least_densities, select_by_cost
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.checkpoint import remove_work
@@ -57,6 +58,7 @@ def calibrate(
     dense_steps: float = 0.0,
     dense_layers: int = 0,
     thorough: bool = False,
+    memory_gb: float = 8.0,
     prompt_texts: Sequence[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -89,6 +91,8 @@ def calibrate(
         dense_layers: number of layers, from the first, that stay dense and exact.
         thorough: look at all rows, steps and passes of guidance, and measure every effect instead of interpolating.
             It takes longer; docs/fidelity.md says what it brings.
+        memory_gb: host memory for what skipping blocks costs, in 10^9 bytes; what takes more lies in a file in
+            `work_dir` (or where the system has temporary files) while calibration runs.
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
             interruption continues from them. Its files are deleted in the end. None keeps nothing.
@@ -117,6 +121,7 @@ def calibrate(
         dense_steps=dense_steps,
         int4="int4" in (parsed.qk, parsed.pv),
         thorough=thorough,
+        memory_gb=memory_gb,
         seed=seed,
         step_buckets=step_buckets,
         prompt_texts=prompt_texts,
@@ -178,6 +183,7 @@ def collect_costs(
     effects: bool = True,
     block_sums: bool = False,
     thorough: bool = False,
+    memory_gb: float = 8.0,
     prompt_texts: Sequence[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -193,6 +199,8 @@ def collect_costs(
     if block_q not in (BLOCK, 2 * BLOCK):
         raise InputError(f"block_q is {block_q!r}; expected 64 or 128")
     check_orders(order_names)
+    if not memory_gb > 0:
+        raise InputError(f"memory_gb is {memory_gb!r}; expected a number above 0")
     if step_buckets < 1:
         raise InputError(f"step_buckets is {step_buckets}; expected at least 1")
     arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
@@ -203,19 +211,26 @@ def collect_costs(
     run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint, sampling.samples)
     identity = run.identity
     shape = (identity.layers, identity.heads)
-    names, chosen, changes = _choose_orders(run, sampling, order_names, step_buckets, block_q, seed)
+    names, chosen, changes = _choose_orders(run, sampling, order_names, step_buckets, block_q, seed, memory_gb * 1e9)
     guard = math.ceil(dense_steps * run.num_steps - 1e-9)
     edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
 
     def make() -> tuple[BlockCosts]:
         arguments: dict[str, Any] = {"block_sums": block_sums, "kernels_for": calibration_kernels, "seed": seed}
         arguments |= {"row_share": sampling.cost_rows, "error_share": sampling.error_rows}
-        return (BlockCosts(len(edges), names, chosen, run.grid, block_q, **arguments),)
+        arguments |= {"in_bytes": sampling.costs_in_bytes}
+        new_zeros = functools.partial(run.checkpoint.zeros, memory=memory_gb * 1e9)
+        return (BlockCosts(len(edges), names, chosen, run.grid, block_q, new_zeros=new_zeros, **arguments),)
+
+    looked_at: set[tuple[int, int]] = set()
 
     def add(accumulators: tuple[BlockCosts], call: ObservedCall) -> None:
-        accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
+        if not looked_at:
+            looked_at.update(run.steps_of(edges, sampling.cost_steps))
+        if (call.step, call.layer) in looked_at:
+            accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
 
-    (costs,) = run.measure("costs", "calibration 2/4, costs of blocks", make, add)
+    (costs,) = run.measure("costs", "calibration 2/4, costs of blocks", make, add, record=effects)
     mean_block_sums, block_costs, errors, norms = costs.means()
     statistics = CostStatistics(
         model=identity,
@@ -256,6 +271,7 @@ def _choose_orders(
     step_buckets: int,
     block_q: int,
     seed: int,
+    memory: float,
 ) -> tuple[tuple[str, ...], Tensor, list[float]]:
     """Names of the orders in use, the index of each head's, and how attention changes from step to step.
 
@@ -269,6 +285,9 @@ def _choose_orders(
 
     def make() -> tuple[OrderErrors, StepChange]:
         candidates = candidate_orders(run.grid) if order_names is None else order_names
+        blocks = block_count(run.grid.tokens, block_q) * block_count(run.grid.tokens, BLOCK)
+        buckets, bytes_each = min(step_buckets, run.num_steps), 1 if sampling.costs_in_bytes else 2
+        run.checkpoint.check_room(2 * buckets * math.prod(shape) * blocks * bytes_each, memory)
         rows, levels = sampling.order_rows, sampling.order_levels
         errors = OrderErrors(*shape, run.grid, candidates, block_q, rows, seed, levels, calibration_kernels)
         changes_matter = run.num_steps > step_buckets

@@ -7,7 +7,7 @@ from prompt to prompt.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -22,6 +22,8 @@ from paroattn.integrations.observe import ObservedCall
 from paroattn.order import token_order
 
 _FEWEST_ROWS = 4  # of blocks, where a share of them is looked at
+
+_CODES_PER_OCTAVE, _CODE_OF_TOP = 8, 160  # of costs that are kept in a byte
 
 
 class Accumulator:
@@ -245,7 +247,8 @@ class StepChange(Accumulator):
 class BlockCosts(Accumulator):
     """Mean costs and errors of skipping blocks per step bucket, layer and head, in the heads' orders.
 
-    Costs are kept in bfloat16: only their ranks within a head matter, and a large model has billions of them.
+    Only ranks of costs within a head matter, and a large model has billions of them: they are kept in a byte each,
+    or in bfloat16 where many samples are added up.
 
     Args:
         buckets: number of step buckets.
@@ -256,11 +259,13 @@ class BlockCosts(Accumulator):
         block_sums: also keep the block sums of P.
         row_share: share of a block's rows that stand for it in its costs.
         error_share: share of the rows of blocks in which errors are measured.
+        in_bytes: keep costs as codes.
         seed: of the rows that are drawn.
         kernels_for: what computes on a device.
+        new_zeros: makes the tensor of costs, of a shape and dtype.
     """
 
-    _accumulated = ("_block_sums", "_costs", "_errors", "_norms", "_samples")
+    _accumulated = ("_block_sums", "_costs", "_tops", "_errors", "_norms", "_samples")
 
     def __init__(
         self,
@@ -273,8 +278,12 @@ class BlockCosts(Accumulator):
         block_sums: bool = False,
         row_share: float = 1.0,
         error_share: float = 1.0,
+        in_bytes: bool = False,
         seed: int = 0,
         kernels_for: KernelsFor = reference_everywhere,
+        new_zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] = lambda shape, dtype: torch.zeros(
+            shape, dtype=dtype
+        ),
     ):
         self._rows = _rows_of_a_block(block_q, row_share, seed)
         self._error_blocks = _drawn_rows(grid, block_q, error_share, seed)
@@ -288,7 +297,8 @@ class BlockCosts(Accumulator):
         self._block_q = block_q
         self._kernels_for = kernels_for
         self._block_sums = torch.zeros(blocks, dtype=torch.float32) if block_sums else None
-        self._costs = torch.zeros(2, *blocks, dtype=torch.bfloat16)
+        self._costs = new_zeros((2, *blocks), torch.uint8 if in_bytes else torch.bfloat16)
+        self._tops = torch.zeros(heads, dtype=torch.float32) if in_bytes else None
         self._errors = torch.zeros(2, *heads, len(LEVELS), dtype=torch.float64)
         self._norms = torch.zeros(heads, dtype=torch.float64)
         self._samples = torch.zeros(heads[:2], dtype=torch.float32)
@@ -313,10 +323,29 @@ class BlockCosts(Accumulator):
 
     def _add(self, costs: SkipCosts, errors: SkipCosts, scale: float, place: tuple[int, int, int]) -> None:
         if self._block_sums is not None:
-            self._block_sums[place][self._visual] += costs.block_sums[self._visual]
-        self._costs[(slice(None), *place)][self._visual] += costs.costs[self._visual]
+            self._block_sums[place][self._visual] += costs.block_sums[self._visual].cpu()
+        kept, found = self._costs[(slice(None), *place)][self._visual], costs.costs[self._visual]
+        if self._tops is None:
+            kept += found.cpu()
+        else:
+            kept.copy_(self._codes_with(kept, found, place))
         self._errors[(slice(None), *place)] += errors.errors * scale
         self._norms[place] += errors.norm * scale
+
+    def _codes_with(self, codes: Tensor, costs: Tensor, place: tuple[int, int, int]) -> Tensor:
+        """Codes of a head's costs once more of them, on any device, are added.
+
+        Codes are logarithms relative to the largest cost of the head's first sample: from 20 octaves below it to 12
+        above. 0 is no cost.
+        """
+        assert self._tops is not None
+        before, largest = float(self._tops[place]), float(costs.amax())
+        self._tops[place] = before or largest
+        top = before or largest or 1.0
+        if before:
+            codes = codes.to(costs.device)
+            costs = costs + torch.where(codes > 0, ((codes.float() - _CODE_OF_TOP) / _CODES_PER_OCTAVE).exp2() * top, 0)
+        return (_CODE_OF_TOP + _CODES_PER_OCTAVE * (costs / top).log2()).round_().clamp_(0, 254).to(torch.uint8)
 
     def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,10 +42,14 @@ class Checkpoint:
     def __init__(self, folder: Path | None = None, fingerprint: str = ""):
         self._folder = folder
         self._fingerprint = fingerprint
+        self._in_files: set[int] = set()  # addresses of tensors from `zeros` that lie in files
 
     def save(self, part: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep a part, in place of what was kept of it before; whole or not at all."""
-        if self._folder is None:
+        """Keep a part, in place of what was kept of it before; whole or not at all.
+
+        A part with a tensor that lies in a file is not kept: it is measured anew after an interruption.
+        """
+        if self._folder is None or any(tensor.data_ptr() in self._in_files for tensor in tensors.values()):
             return
         own = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {_FACTS: json.dumps(dict(facts))}
@@ -63,6 +70,35 @@ class Checkpoint:
                 return {name: file.get_tensor(name) for name in file.keys()}, facts
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"work file {str(path)!r} cannot be read ({error}); delete it to begin anew") from error
+
+    def check_room(self, size: int, memory: float) -> None:
+        """Raise `InputError` where a tensor of `size` bytes fits neither into `memory` bytes nor onto the disk."""
+        free = shutil.disk_usage(self._file_folder).free
+        if size > memory and size > free:
+            raise InputError(
+                f"what skipping blocks costs takes {size / 1e9:.1f} GB: more than memory_gb is, and than the "
+                f"{free / 1e9:.1f} GB that are free in {str(self._file_folder)!r}; give more of either (work_dir names "
+                "another disk), or fewer step_buckets"
+            )
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, memory: float) -> Tensor:
+        """Zeros, in a file that ends with the tensor if they take more than `memory` bytes."""
+        count, size = math.prod(shape), math.prod(shape) * dtype.itemsize
+        if size <= memory:
+            return torch.zeros(shape, dtype=dtype)
+        self.check_room(size, memory)
+        with tempfile.NamedTemporaryFile(dir=self._file_folder, prefix=".costs-") as file:
+            file.truncate(size)
+            tensor = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        self._in_files.add(tensor.data_ptr())
+        return tensor
+
+    @property
+    def _file_folder(self) -> Path:
+        if self._folder is None:
+            return Path(tempfile.gettempdir())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder
 
     def _path(self, folder: Path, part: str) -> Path:
         return folder / f"{self._fingerprint[:16]}-{part}{SUFFIX}"

@@ -32,9 +32,9 @@ class SkipCosts:
     """Of one head, or a sum over calls; squared L2 norms of the change of the head's output.
 
     Attributes:
-        block_sums: sums of P, float32 [q blocks, kv blocks].
-        costs: of skipping one block alone, [2, q blocks, kv blocks]: dropped, or approximated by its means.
-        errors: of skipping all but the costliest blocks at each density of `LEVELS`, [2, levels].
+        block_sums: sums of P, float32 [q blocks, kv blocks] on the device of the head.
+        costs: of skipping one block alone, [2, q blocks, kv blocks]: dropped, or approximated by its means; there, too.
+        errors: of skipping all but the costliest blocks at each density of `LEVELS`, [2, levels] on the CPU.
         norm: squared norm of the output itself.
     """
 
@@ -112,7 +112,7 @@ def skip_costs(
                 errors[way] += _errors(moved, missing, cost, must, levels).cpu()
         costs.append(torch.stack(both))
         norm += float(output.square().sum())
-    block_sums, block_costs = torch.cat(sums).cpu(), torch.cat(costs, 1).cpu()
+    block_sums, block_costs = torch.cat(sums), torch.cat(costs, 1)
     return SkipCosts(block_sums * stands_for, block_costs * stands_for, errors * stands_for, norm * stands_for)
 
 

@@ -21,7 +21,7 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
 
     Args:
         score: [..., q blocks, kv blocks]; block sums or costs, compared over all leading dimensions together. Those
-            in bfloat16 must not be negative.
+            in bfloat16 must not be negative; codes in uint8 are at most 254.
         density: kept blocks over all blocks, met to the nearest block.
         required: bool [q blocks, kv blocks], blocks that must be computed (text).
 
@@ -35,25 +35,24 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
     """
     forced = _forced(score, required).flatten()
     wanted = max(round(density * score.numel()), int(forced.sum()))
-    if score.dtype == torch.bfloat16:
-        return _largest(score.flatten().view(torch.int16).masked_fill(forced, _LARGEST), wanted).view_as(score)
+    if score.dtype in _COUNTED:  # a positive bfloat16 number's bits, read as an integer, are in the numbers' order
+        whole = score.flatten().view(torch.int16) if score.dtype == torch.bfloat16 else score.flatten()
+        most = _COUNTED[score.dtype]
+        return _largest(whole.masked_fill(forced, most), wanted, most).view_as(score)
     kept = torch.zeros_like(forced)
     kept[score.flatten().masked_fill(forced, torch.inf).topk(wanted).indices] = True
     return kept.view_as(score)
 
 
-_LARGEST = 2**15 - 1  # of int16, above the bits of every bfloat16 number
+_COUNTED = {torch.bfloat16: 2**15 - 1, torch.uint8: 255}  # and an integer above what scores of the dtype hold
 
 
-def _largest(bits: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of int16 numbers >= 0 are, of equal ones the first; several times as fast as sorting.
-
-    The bits of positive bfloat16 numbers, read as integers, are in the numbers' order.
-    """
-    at_least = torch.bincount(bits, minlength=_LARGEST + 1).flip(0).cumsum(0).flip(0)  # how many are >= each number
+def _largest(numbers: Tensor, count: int, most: int) -> Tensor:
+    """Where the `count` largest of integers in [0, most] are, of equal ones the first; much faster than sorting."""
+    at_least = torch.bincount(numbers, minlength=most + 1).flip(0).cumsum(0).flip(0)  # how many are >= each number
     threshold = int((at_least >= count).sum()) - 1
-    kept = bits > threshold
-    kept[(bits == threshold).nonzero().flatten()[: count - int(kept.sum())]] = True
+    kept = numbers > threshold
+    kept[(numbers == threshold).nonzero().flatten()[: count - int(kept.sum())]] = True
     return kept
 
 

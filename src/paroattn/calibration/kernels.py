@@ -43,7 +43,7 @@ def skip_costs_of_heads(
 
 @dataclass(frozen=True)
 class Kernels:
-    """Functions that take heads on one kind of device; results are on the CPU.
+    """Functions that take heads on one kind of device.
 
     Attributes:
         skip_costs: as `skip_costs_of_heads`.

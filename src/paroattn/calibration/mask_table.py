@@ -32,8 +32,10 @@ class MaskTable:
     def __init__(self, shape: tuple[int, ...]):
         self._index = torch.zeros(shape[:3], dtype=torch.int32)
         self._numbers: dict[bytes, int] = {}
-        self._masks: list[Tensor] = []
-        self._number_of(torch.ones(shape[3:], dtype=torch.bool))
+        everything = torch.ones(shape[3:], dtype=torch.bool)
+        # Rows that are never filled take no memory.
+        self._table = torch.empty(1 + self._index.numel(), *pack_bits(everything).shape, dtype=torch.uint8)
+        self._number_of(everything)
 
     @classmethod
     def of(cls, masks: Tensor) -> MaskTable:
@@ -54,14 +56,16 @@ class MaskTable:
     def packed(self) -> tuple[Tensor, Tensor]:
         """The masks in use, uint8 [masks, q blocks, bytes], and the index into them, int32 [buckets, layers, heads]."""
         used, index = self._index.unique(return_inverse=True)
-        return torch.stack([self._masks[number] for number in used.tolist()]), index.to(torch.int32)
+        first, last = int(used[0]), int(used[-1])
+        table = self._table[first : last + 1]  # without a copy, which may take gigabytes
+        return table if len(used) == last + 1 - first else table[used.long() - first], index.to(torch.int32)
 
     def _number_of(self, mask: Tensor) -> int:
         bits = pack_bits(mask)
         key = hashlib.sha256(bits.contiguous().numpy().data).digest()
         if key not in self._numbers:
-            self._numbers[key] = len(self._masks)
-            self._masks.append(bits)
+            number = len(self._numbers)
+            self._numbers[key], self._table[number] = number, bits
         return self._numbers[key]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from paroattn.calibration.checkpoint import Checkpoint, fingerprint, weights_fin
 from paroattn.calibration.costs import LEVELS
 from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.calibration.kernels import REFERENCE, Kernels
+from paroattn.calibration.recording import Recording
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Forward
@@ -43,7 +44,9 @@ class Sampling:
         order_steps: denoising steps at which orders are compared: they are stable over steps (paper, section 4.1).
         order_rows: share of the rows of blocks at which they are.
         order_levels: densities at which they are.
+        cost_steps: steps of each step bucket in which costs are measured; None for all.
         cost_rows: share of a block's rows that stand for it in its costs.
+        costs_in_bytes: keep a cost in one byte instead of two.
         error_rows: share of the rows of blocks at which errors are measured.
         change_rows: share of the rows of blocks at which steps are compared.
         sensitivity_steps: step buckets with backward passes, None for all; the others are interpolated.
@@ -55,7 +58,9 @@ class Sampling:
     order_steps: int
     order_rows: float
     order_levels: tuple[float, ...]
+    cost_steps: int | None
     cost_rows: float
+    costs_in_bytes: bool
     error_rows: float
     change_rows: float
     sensitivity_steps: int | None
@@ -68,7 +73,9 @@ THOROUGH = Sampling(
     order_steps=3,
     order_rows=0.1,
     order_levels=LEVELS,
+    cost_steps=None,
     cost_rows=1.0,
+    costs_in_bytes=False,
     error_rows=1.0,
     change_rows=0.05,
     sensitivity_steps=None,
@@ -80,7 +87,9 @@ QUICK = Sampling(
     order_steps=1,
     order_rows=0.03,
     order_levels=(0.06, 0.15, 0.3, 0.5),
+    cost_steps=1,
     cost_rows=0.25,
+    costs_in_bytes=True,
     error_rows=0.25,
     change_rows=0.02,
     sensitivity_steps=2,
@@ -137,11 +146,28 @@ class CalibrationRun:
         self._call_arguments = call_arguments
         self._progress = progress
         self._samples = samples
+        self._recording = Recording(self.pipeline)
         self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
 
     @property
     def num_steps(self) -> int:
         return len(self.schedule)
+
+    def steps_of(self, edges: tuple[float, ...], count: int | None) -> set[tuple[int, int]]:
+        """At most `count` steps, spread evenly, of each layer in each step bucket: pairs of a step and a layer.
+
+        Steps that no generation has reached yet are taken to call all layers.
+        """
+        reached = max((step for step, _ in self._called), default=-1)
+        later = {(step, layer) for step in range(reached + 1, self.num_steps) for layer in range(self.identity.layers)}
+        found: dict[tuple[int, int], list[int]] = {}
+        for step, layer in sorted(self._called | later):
+            found.setdefault((bucket_of(edges, step, self.num_steps), layer), []).append(step)
+        return {
+            (steps[place], layer)
+            for (_, layer), steps in found.items()
+            for place in spread(count or len(steps), len(steps))
+        }
 
     def usage(self, edges: tuple[float, ...]) -> Tensor:
         """Share of each step bucket's steps in which each layer was called, float32 [buckets, layers]."""
@@ -158,6 +184,7 @@ class CalibrationRun:
         make: Callable[[], Accumulators],
         take: Callable[[Accumulators, ObservedCall], None],
         last_step: Callable[[int], int] | None = None,
+        record: bool = False,
     ) -> Accumulators:
         """Generate from all prompts and add up their attention calls; from those that are not done, if some are.
 
@@ -167,6 +194,7 @@ class CalibrationRun:
             make: the accumulators; called when the grid and the number of steps are known.
             take: adds a call to them.
             last_step: the last step that is looked at, of so many; generations are then broken off. None for all.
+            record: keep the first prompt's generation, which `recorded` then returns.
         """
         found: list[Accumulators] = []
         done = self._resume(part, make, found)
@@ -189,19 +217,37 @@ class CalibrationRun:
 
             def follow(schedule: Schedule) -> None:
                 self._check_schedule(schedule)
+                self._recording.follow(schedule.step)
                 if last_step is not None and schedule.step > last_step(schedule.num_steps):
                     raise _BrokenOffError
                 bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
 
-            watch: dict[str, Any] = {"on_forward": self._check_grid, "on_step": follow, "on_unseen": _refuse_unseen}
+            watch: dict[str, Any] = {"on_forward": self._begin_forward, "on_step": follow, "on_unseen": _refuse_unseen}
             with observe(self.pipeline, add, **watch):
                 for number in range(done, len(self._prompts)):
                     taken.clear()
-                    with suppress(_BrokenOffError):
-                        self.generate_one(number)
+                    kept = record and number == 0
+                    with suppress(_BrokenOffError), self._recording.running() if kept else nullcontext():
+                        latents = self.generate_one(number)
+                        if kept:
+                            self._recording.latents = latents
                     self._keep(part, number + 1, found[0])
                     bar.update()
         return found[0]
+
+    def recorded(self) -> Recording:
+        """The first prompt's generation, which runs now if it was not recorded before."""
+        if not hasattr(self._recording, "latents"):
+
+            def follow(schedule: Schedule) -> None:
+                self._recording.follow(schedule.step)
+
+            with (
+                observe(self.pipeline, lambda call: None, on_forward=self._recording.before, on_step=follow),
+                self._recording.running(),
+            ):
+                self._recording.latents = self.generate_one(0)
+        return self._recording
 
     def _keep(self, part: str, done: int, accumulators: tuple[Accumulator, ...]) -> None:
         tensors = {
@@ -226,7 +272,8 @@ class CalibrationRun:
             accumulator.restore({key[len(own) :]: value for key, value in tensors.items() if key.startswith(own)})
         return facts["done"]
 
-    def _check_grid(self, forward: Forward) -> None:
+    def _begin_forward(self, forward: Forward) -> None:
+        self._recording.before(forward)
         grid = forward.grid
         assert grid is not None  # observe refuses others
         known: TokenGrid = getattr(self, "grid", grid)

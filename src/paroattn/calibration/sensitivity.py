@@ -11,10 +11,9 @@ they are so noisy that plans made of them were worse (docs/fidelity.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ from torch import Tensor
 
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.calibration.mask_table import nearest_called
+from paroattn.calibration.recording import ForwardCall
 from paroattn.calibration.run import CalibrationRun, Sampling, spread
 from paroattn.integrations.apply import apply
-from paroattn.integrations.attach import Forward
 from paroattn.integrations.observe import ObservedCall, observe
 from paroattn.integrations.pipeline import Pipeline
-from paroattn.integrations.schedule import Schedule
 from paroattn.plan import Plan
 from paroattn.quantize import Precision
 from paroattn.runner import Runner
@@ -72,11 +70,10 @@ def measure_effects(
     else:
         found, rounding = list(kept[0]["found"]), list(kept[0]["rounding"])
         generator.set_state(kept[0]["generator"])
-    reference = _Recording(run)
     with run.bar(len(buckets), "calibration 3/4, effect of heads", "step", len(found)) as bar:
         for bucket in buckets[len(found) :]:
             probe = _HeadProbe(run.pipeline, draft, bucket, int4, sampling.cotangents)
-            calls = reference.calls_of(steps[bucket])[: sampling.samples]
+            calls = run.recorded().calls_of(steps[bucket])[: sampling.samples]
             measured = [probe.measure(call, generator) for call in calls]
             sensitivity, rounded = (torch.stack(parts).mean(0) for parts in zip(*measured, strict=True))
             found.append(sensitivity)
@@ -88,7 +85,7 @@ def measure_effects(
     own = nearest_called(called[buckets].float()).unsqueeze(-1).expand(len(buckets), -1, draft.model.heads)
     logs = torch.stack(found).clamp(min=1e-30).log().gather(0, own)
     sensitivities = _interpolated(buckets, logs, draft.buckets).exp() * called.unsqueeze(-1)
-    gains = _propagation(run, draft, reference, (sensitivities * errors).sum((1, 2)), steps_of, sampling)
+    gains = _propagation(run, draft, (sensitivities * errors).sum((1, 2)), steps_of, sampling)
     weights = sensitivities * gains.view(-1, 1, 1)
     steps_per_bucket = torch.tensor([len(own) for own in steps_of], dtype=torch.float64).view(-1, 1, 1)
     int4_errors = _interpolated(buckets, torch.stack(rounding), draft.buckets)
@@ -105,94 +102,6 @@ def _probed_buckets(pipeline: Pipeline, called: Tensor, count: int) -> list[int]
     return sorted(buckets)
 
 
-@dataclass(frozen=True, eq=False)
-class _ForwardCall:
-    """A forward call of a transformer, to be repeated."""
-
-    transformer: Any
-    step: int
-    arguments: Mapping[str, Any]
-    output: Any
-
-    def __call__(self) -> Tensor:
-        return self.transformer(**self.arguments)[0]
-
-
-class _Recording:
-    """The first prompt's generation with the model's own attention: its forward calls and its final latents.
-
-    It runs when it is first asked for, and what it holds is small: inputs and outputs of the transformers.
-    """
-
-    def __init__(self, run: CalibrationRun):
-        self._run = run
-
-    @cached_property
-    def _generation(self) -> tuple[Tensor, list[_ForwardCall]]:
-        calls: list[_ForwardCall] = []
-        step: list[int] = []
-
-        def follow(schedule: Schedule) -> None:
-            step[:] = [schedule.step]
-
-        def record(forward: Forward) -> None:
-            arguments.append(dict(forward.arguments))
-
-        def take(module: Any, _: Any, output: Any) -> None:
-            if output is not None:  # the call did not fail
-                kept = (output[0].clone(),) if isinstance(output, tuple) else type(output)(sample=output[0].clone())
-                calls.append(_ForwardCall(getattr(module, "_orig_mod", module), step[0], arguments.pop(), kept))
-
-        arguments: list[dict[str, Any]] = []
-        pipeline = self._run.pipeline
-        with observe(pipeline, lambda call: None, on_forward=record, on_step=follow):
-            hooks = [
-                hook
-                for number in range(len(pipeline.transformers))
-                for hook in pipeline.hook(number, before=lambda *_: None, after=take)
-            ]
-            try:
-                return self._run.generate_one(0), calls
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-    @property
-    def latents(self) -> Tensor:
-        return self._generation[0]
-
-    def calls_of(self, step: int) -> list[_ForwardCall]:
-        """The forward calls of a step, two under guidance."""
-        return [call for call in self._generation[1] if call.step == step]
-
-    @contextmanager
-    def replayed(self, steps: int) -> Iterator[None]:
-        """The transformers answer the calls of the first steps with what they answered then, without computing it."""
-        left = [call for call in self._generation[1] if call.step < steps]
-        own = {transformer: vars(transformer).get("forward") for transformer in self._run.pipeline.transformers}
-
-        def answer(*_: Any, **__: Any) -> Any:
-            call = left.pop(0)
-            if not left:
-                put_back()
-            return call.output
-
-        def put_back() -> None:
-            for transformer, forward in own.items():
-                if forward is None:
-                    vars(transformer).pop("forward", None)
-                else:  # that of a library which moves weights when they are needed
-                    transformer.forward = forward
-
-        if left and not self._run.pipeline.is_compiled:
-            for transformer in own:
-                transformer.forward = answer
-        try:
-            yield
-        finally:
-            put_back()
-
-
 class _HeadProbe:
     """Backward passes through a transformer at one step bucket."""
 
@@ -207,7 +116,7 @@ class _HeadProbe:
         self._runners: list[Runner] = []
         self._bucket = torch.tensor(bucket)
 
-    def measure(self, forward: _ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def measure(self, forward: ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """For one recorded call: squared change of the model's output per squared error of a head's output, and the
         squared error of a head in INT4 (zero if not asked for); each [layers, heads] float64, zero for layers that are
         not called.
@@ -272,7 +181,6 @@ def _for_gradients(module: Any) -> Any:
 def _propagation(
     run: CalibrationRun,
     draft: Plan,
-    reference: _Recording,
     output_changes: Tensor,
     steps_of: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -289,9 +197,9 @@ def _propagation(
     found: list[float] = [] if kept is None else kept[0]["found"].tolist()
     with run.bar(len(measured), "calibration 4/4, propagation of steps", "run", len(found)) as bar:
         for bucket in measured[len(found) :]:
-            final = reference.latents.double().cpu()
+            reference = run.recorded()
             with apply(run.pipeline, _only_in(draft, bucket)), reference.replayed(steps_of[bucket][0]):
-                change = float((run.generate_one(0).double().cpu() - final).square().sum())
+                change = float((run.generate_one(0) - reference.latents).double().square().sum())
             found.append(change / max(float(output_changes[bucket]) * len(steps_of[bucket]), 1e-30))
             run.checkpoint.save("propagation", {"found": torch.tensor(found, dtype=torch.float64)}, {})
             bar.update()
@@ -315,11 +223,14 @@ def _between(places: Sequence[int], values: Tensor, place: int) -> Tensor:
 
 
 def _only_in(plan: Plan, bucket: int) -> Plan:
-    """The plan with all blocks computed in every other bucket."""
+    """The plan with all blocks computed in every other bucket; without the masks of those, which are most of it."""
     rows, columns = block_count(plan.grid.tokens, plan.block_q), block_count(plan.grid.tokens, plan.block_kv)
     everything = pack_bits(torch.ones(1, rows, columns, dtype=torch.bool))
-    index = torch.full_like(plan.mask_index, len(plan.mask_table))
-    index[bucket] = plan.mask_index[bucket]
+    used, own = plan.mask_index[bucket].unique(return_inverse=True)
+    index = torch.full_like(plan.mask_index, len(used))
+    index[bucket] = own
     compensate = torch.zeros_like(plan.compensate)
     compensate[bucket] = plan.compensate[bucket]
-    return replace(plan, mask_table=torch.cat((plan.mask_table, everything)), mask_index=index, compensate=compensate)
+    return replace(
+        plan, mask_table=torch.cat((plan.mask_table[used.long()], everything)), mask_index=index, compensate=compensate
+    )

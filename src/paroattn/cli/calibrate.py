@@ -20,6 +20,7 @@ from paroattn.files import check_output
 
 _NOT_THE_PAPERS = (
     "target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers", "thorough",
+    "memory_gb",
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ _NOT_THE_PAPERS = (
 @click.option("--order", "order_names", multiple=True, help="Candidate token order; repeatable. Default: all.")
 @click.option("--block-q", type=click.Choice(("64", "128")), help="Queries per block; default: 64.")
 @click.option("--thorough", is_flag=True, default=None, help="Measure everything instead of a part; slower.")
+@click.option("--memory-gb", type=float, help="Host memory for costs of blocks; more lies in a file. Default: 8.")
 @click.option("--method", type=click.Choice(("paroattn", "paper")), default="paroattn", show_default=True)
 @path_option("--output", "Plan file.", default="plan.safetensors", show_default=True)
 @seed_option

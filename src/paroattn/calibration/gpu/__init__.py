@@ -153,7 +153,7 @@ def _skip_costs(
     errors = torch.zeros(2, heads, 0, dtype=torch.float64, device=device)
     if len(levels):
         errors = _errors(of_heads, costs, levels, required[q_blocks].to(device), scale, tokens, rows, constants)
-    parts = (sums.cpu(), costs.transpose(0, 1).cpu(), errors.transpose(0, 1).cpu(), norms.tolist())
+    parts = (sums, costs.transpose(0, 1), errors.transpose(0, 1).cpu(), norms.tolist())
     return [SkipCosts(*own) for own in zip(*parts, strict=True)]
 
 
