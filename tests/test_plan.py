@@ -14,7 +14,7 @@ import paroattn
 from paroattn import PlanError
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.order import token_order
-from paroattn.plan import Plan, first_steps
+from paroattn.plan import Plan, first_steps, read_header
 
 TENSORS = ("order_index", "precision_index", "mask_table", "mask_index", "compensate", "usage")
 
@@ -124,6 +124,24 @@ def test_an_edited_header_is_refused(path, key, value, message):
     rewrite(path, lambda header: header.update({key: value}))
     with pytest.raises(PlanError, match=message):
         Plan.load(path)
+
+
+def test_a_file_that_is_deleted_while_it_is_opened_is_refused(path, monkeypatch):
+    def opened(*_, **__):
+        raise RuntimeError("unable to open file")  # torch's error
+
+    monkeypatch.setattr("paroattn.plan.safe_open", opened)
+    with pytest.raises(PlanError, match="unable to open file"):
+        Plan.load(path)
+
+
+def test_a_header_is_read_without_the_tensors(plan, path):
+    header = read_header(path)
+    assert header["model"] == vars(plan.model)
+    assert header["provenance"] == plan.provenance
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PlanError, match="may be truncated"):
+        read_header(path)
 
 
 def test_other_files_are_refused(path, tmp_path):

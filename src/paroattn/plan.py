@@ -227,18 +227,9 @@ class Plan:
             PlanError: no such file, truncated, not a plan, changed after it was written, or inconsistent.
         """
         path = Path(path)
-        if not path.is_file():
-            raise PlanError(f"plan file {str(path)!r} does not exist; make one with `paroattn calibrate`")
+        header, tensors = _read(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise PlanError(
-                f"{str(path)!r} is not a readable safetensors file ({error}); it may be truncated: copy or make it anew"
-            ) from error
-        try:
-            return _from_file(metadata, tensors)
+            return _from_file(header, tensors)
         except PlanError as error:
             raise PlanError(f"{str(path)!r}: {error}") from error
 
@@ -288,7 +279,33 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _from_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Plan:
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a plan file (docs/plan-format.md), without its tensors: only the version is checked.
+
+    Raises:
+        PlanError: no such file, truncated, not a plan, or of another version.
+    """
+    return _read(Path(path), with_tensors=False)[0]
+
+
+def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise PlanError(f"plan file {str(path)!r} does not exist; make one with `paroattn calibrate`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if with_tensors}
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last from torch, if the file was just deleted
+        raise PlanError(
+            f"{str(path)!r} is not a readable safetensors file ({error}); it may be truncated: copy or make it anew"
+        ) from error
+    try:
+        return _parse_header(metadata), tensors
+    except PlanError as error:
+        raise PlanError(f"{str(path)!r}: {error}") from error
+
+
+def _parse_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     if _HEADER_KEY not in metadata:
         raise PlanError(f"no header {_HEADER_KEY!r}: this is some other safetensors file, not a plan")
     try:
@@ -298,6 +315,10 @@ def _from_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
         raise PlanError(f"the plan's header cannot be read ({error!r}); make the plan anew") from error
     if version != FORMAT_VERSION:
         raise PlanError(f"plan format version is {version!r}; this paroattn reads {FORMAT_VERSION}. Calibrate again.")
+    return header
+
+
+def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     if set(tensors) != set(_TENSOR_DTYPES):
         raise PlanError(f"tensors are {sorted(tensors)}; expected {sorted(_TENSOR_DTYPES)}")
     if header.get("digest") != _digest(header, tensors):
