@@ -217,7 +217,7 @@ def test_a_device_that_is_not_there_gets_one_line(command, device, message, monk
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["calibrate", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["calibrate", "generate", "inspect", "plans"])
 def test_every_command_shows_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -13,7 +13,7 @@ from paroattn.errors import MissingPartError, require
 
 SOURCE = Path(paroattn.__file__).parent
 COLUMN = (
-    "errors files grid block_mask order quantize plan plan_facts ops runner integrations calibration cli".split()  # noqa: SIM905
+    "errors files grid block_mask order quantize plan plan_facts plan_cache ops runner integrations calibration cli".split()  # noqa: SIM905, E501
 )
 
 
@@ -54,7 +54,8 @@ def test_the_operator_needs_torch_numpy_and_safetensors_only():
     """In a process that finds nothing else of what the extras bring."""
     code = """
 import sys
-absent = "diffusers transformers accelerate click rich PIL imageio packaging matplotlib jinja2 torchmetrics tqdm"
+absent = "diffusers transformers accelerate click rich PIL imageio packaging platformdirs matplotlib jinja2 tqdm"
+absent += " torchmetrics"
 sys.modules.update(dict.fromkeys(absent.split()))
 import torch, paroattn, paroattn.runner
 q = torch.randn(1, 2, 100, 16)

@@ -8,7 +8,8 @@ from paroattn.errors import MissingPartError, require
 def main() -> None:
     """The script `paroattn`."""
     try:
-        require("paroattn[cli]", "click", "diffusers", "imageio", "packaging", "PIL", "rich", "transformers")
+        modules = ("click", "diffusers", "imageio", "packaging", "PIL", "platformdirs", "rich", "transformers")
+        require("paroattn[cli]", *modules)
         from paroattn.cli.group import command_line
     except MissingPartError as error:
         raise SystemExit(f"Error: {error}") from None

@@ -36,9 +36,9 @@ def example_lines(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def new_console() -> Console:
-    """Files and pipes have no width, and rich would take 80 columns, too few for the tables."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+def new_console(width: int = 120) -> Console:
+    """Files and pipes have no width, and rich would take 80 columns, too few for the tables: they get `width`."""
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def options(*decorators: Any) -> Any:
