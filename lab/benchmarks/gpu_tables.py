@@ -69,16 +69,26 @@ def model_calibration_table(records: list[dict]) -> list[str]:
             *(f"{record['seconds'][name]:.0f}" for name in names),
             f"{record['seconds']['generation']:.1f}",
             f"{record['peak_gib']:.0f}",
+            _observed(record),
         )
         for record in records
     ]
     heads = ("model", "layers", "steps", *names.values(), "one generation", "peak GiB on the GPU")
+    heads += ("request that is observed, and a dense one",)
     return [
         *table(heads, rows),
         "",
         "Seconds; one prompt with guidance, random weights, not compiled; one generation has as many steps. "
         f"{surroundings(records[0])}.",
     ]
+
+
+def _observed(record: dict) -> str:
+    """Seconds of a request beside which a plan is made, and of one with as many steps that is not observed."""
+    if not record.get("observed_steps"):
+        return ""
+    seconds = record["seconds"]
+    return f"{seconds['observed request']:.0f}, {seconds['dense request']:.0f} ({record['observed_steps']} steps)"
 
 
 def calibration_table(records: list[dict]) -> list[str]:

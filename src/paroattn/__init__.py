@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from paroattn.block_mask import BlockMask
     from paroattn.calibration.calibrate import calibrate
     from paroattn.calibration.paper import calibrate_paper
+    from paroattn.calibration.self_calibrating import apply
     from paroattn.errors import InputError, MissingPartError, PlanError
     from paroattn.grid import TokenGrid
-    from paroattn.integrations.apply import apply
     from paroattn.integrations.observe import observe
     from paroattn.ops.attention import attention
     from paroattn.ops.backend import backends
@@ -52,7 +52,7 @@ _NEED_TORCH = {
     "prepare": "paroattn.ops",
 }
 _NEED_DIFFUSERS = {
-    "apply": "paroattn.integrations.apply",
+    "apply": "paroattn.calibration.self_calibrating",
     "calibrate": "paroattn.calibration.calibrate",
     "calibrate_paper": "paroattn.calibration.paper",
     "observe": "paroattn.integrations.observe",

@@ -1,6 +1,7 @@
 """Calibration of a model at full size with random weights and few layers and steps: how long each part takes.
 
-python lab/benchmarks/gpu/calibrate_model.py [--preset wan-2.1-1.3b-480p] [--layers 2] [--steps 4] [--output FILE.jsonl]
+python lab/benchmarks/gpu/calibrate_model.py [--preset wan-2.1-1.3b-480p] [--layers 2] [--steps 4]
+    [--observed-steps 10] [--output FILE.jsonl]
 
 Random weights make attention without structure: the plan is of no use, its making takes as long as a real one's.
 """
@@ -8,6 +9,8 @@ Random weights make attention without structure: the plan is of no use, its maki
 from __future__ import annotations
 
 import argparse
+import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=[name for name in PRESETS if name.startswith(("wan", "cog"))])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--observed-steps", type=int, help="also time a request of so many steps that is observed")
     parser.add_argument("--output", type=Path, help="write the record to this file")
     arguments = parser.parse_args()
     preset = arguments.preset or "wan-2.1-1.3b-480p"
@@ -82,6 +86,17 @@ def main() -> None:
         plan = paroattn.calibrate(
             pipe, [call], num_inference_steps=arguments.steps, precision="int8", prompt_texts=["random"], progress=False
         )
+    host_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if arguments.observed_steps:
+        request = {**call, "num_inference_steps": arguments.observed_steps, "output_type": "latent"}
+        with timed(seconds, "dense request"):
+            pipe(**request)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            paroattn.apply(pipe, density=0.3, precision="int8", cache=folder),
+            timed(seconds, "observed request"),
+        ):
+            pipe(**request)
     heads = plan.model.heads * arguments.layers * arguments.steps * 2
     seconds["costs"] = seconds["calibration"] - seconds["orders"] - seconds["effects"]
     record = {
@@ -90,9 +105,11 @@ def main() -> None:
         "tokens": plan.grid.tokens,
         "layers": arguments.layers,
         "steps": arguments.steps,
+        "observed_steps": arguments.observed_steps,
         "passes": 2,
         "seconds": seconds,
         "costs_ms_per_head": 1000 * seconds["costs"] / heads,
+        "host_gb": host_gb,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "density": plan.density(),
         **environment(torch.device("cuda")),

@@ -116,6 +116,7 @@ def select_by_cost(
     precision: str | Precision = "exact",
     selection: Selection = Selection(),
     int8_share: float = 0.25,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """A plan whose masks spend `density` on average over steps, layers and heads where skipping would cost most.
 
@@ -125,6 +126,7 @@ def select_by_cost(
         precision: of all heads; with "int4" the heads in which it hurts most are computed in INT8.
         selection: how blocks are chosen.
         int8_share: most heads that an "int4" plan computes in INT8, as a share in [0, 1].
+        device: where blocks are compared.
 
     Raises:
         InputError: density or int8_share out of range, or an unknown precision.
@@ -141,7 +143,7 @@ def select_by_cost(
         "chosen": approximated < dropped,
     }[selection.compensate]
     required = text_blocks(statistics.grid, statistics.block_q)
-    masks = MaskTable((*compensate.shape, *required.shape))
+    masks, required_there = MaskTable((*compensate.shape, *required.shape)), required.to(device)
     owed = 0.0  # blocks times share of all calls that rounding to whole blocks has left to spend
     shares, blocks = statistics.shares, required.numel()
     sparse = ~selection.fixed(statistics)
@@ -150,10 +152,12 @@ def select_by_cost(
         place = (bucket, layer, head)
         share, wanted = float(shares[place]), float(densities[place]) * blocks
         rounded = min(max(round(wanted + owed / share), 0), blocks)
-        mask = keep_best(_score(statistics, selection, place, bool(compensate[place])), rounded / blocks, required)
-        owed += (wanted - int(mask.sum())) * share
+        score = _score(statistics, selection, place, bool(compensate[place])).to(device)
+        mask = keep_best(score, rounded / blocks, required_there)
+        kept = int(mask.sum())
+        owed += (wanted - kept) * share
         masks.put(place, mask)
-        compensate[place] &= ~mask.all()
+        compensate[place] &= kept < blocks
     precisions, index = mixed_precision(parsed, statistics.int4_effects, int8_share)
     if selection.dense_layers and parsed != Precision():
         index[: selection.dense_layers] = len(precisions)

@@ -131,7 +131,8 @@ def calibrate(
     )
 
     def select(density: float) -> Plan:
-        return select_by_cost(costs, density=density, precision=parsed, selection=selection, int8_share=int8_share)
+        choice: dict[str, Any] = {"precision": parsed, "selection": selection, "int8_share": int8_share}
+        return select_by_cost(costs, density=density, **choice, device=_device_of(pipe))
 
     if goal is None:
         plan = select(density)
@@ -258,10 +259,16 @@ def collect_costs(
     least = least_density(run.grid, block_q)
     if not densities and least > middle:  # text alone takes more
         middle = (1 + least) / 2
-    draft = select_by_cost(statistics, density=middle, selection=Selection(budget="uniform"))
+    uniform = Selection(budget="uniform")
+    draft = select_by_cost(statistics, density=middle, selection=uniform, device=_device_of(pipe))
     draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
     measured = measure_effects(run, draft, draft_errors, sampling, seed=seed, int4=int4)
     return replace(statistics, weights=measured.weights, int4_effects=measured.int4)
+
+
+def _device_of(pipe: Any) -> torch.device:
+    device = Pipeline(pipe).place[0]
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _choose_orders(

@@ -321,6 +321,17 @@ class BlockCosts(Accumulator):
                 self._add(*both, scale, (bucket, call.layer, head))
             self._samples[bucket, call.layer] += 1
 
+    def use_orders(self, layer: int, names: list[str]) -> None:
+        """From now on the heads of a layer have these orders."""
+        self._names[layer] = names
+
+    def copy(self, bucket: int, to: int, layer: int) -> None:
+        """Take what one bucket has of a layer for another one, too."""
+        for tensor in (self._errors, self._costs):
+            tensor[:, to, layer] = tensor[:, bucket, layer]
+        for tensor in (self._norms, self._samples):
+            tensor[to, layer] = tensor[bucket, layer]
+
     def _add(self, costs: SkipCosts, errors: SkipCosts, scale: float, place: tuple[int, int, int]) -> None:
         if self._block_sums is not None:
             self._block_sums[place][self._visual] += costs.block_sums[self._visual].cpu()

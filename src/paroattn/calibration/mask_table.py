@@ -61,7 +61,7 @@ class MaskTable:
         return table if len(used) == last + 1 - first else table[used.long() - first], index.to(torch.int32)
 
     def _number_of(self, mask: Tensor) -> int:
-        bits = pack_bits(mask)
+        bits = pack_bits(mask).cpu()
         key = hashlib.sha256(bits.contiguous().numpy().data).digest()
         if key not in self._numbers:
             number = len(self._numbers)

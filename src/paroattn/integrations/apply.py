@@ -6,8 +6,8 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -32,28 +32,7 @@ def apply(
     strict: bool = False,
     backend: str = "auto",
 ) -> Handle:
-    """Let a pipeline's transformers attend as a plan says, until the handle is removed.
-
-    Args:
-        pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
-        plan: from `paroattn.calibrate` or `Plan.load`, or a plan file's path. None computes every block.
-        precision: without a plan, the number format of all heads ("int8", ...); a plan brings its own.
-        strict: raise `PlanError` at the first call that runs with the model's own attention (another size, tokens
-            beyond the grid, masks of another kind) instead of warning once of each reason.
-        backend: "auto" or a backend's name.
-
-    Returns:
-        A handle with `remove()` and `report()`; also a context manager.
-
-    Raises:
-        PlanError: the plan is for another model, number of heads or layers; with `strict` also while generating.
-        InputError: an unknown model class, precision or backend; both or neither of plan and precision.
-
-    Example:
-        >>> with paroattn.apply(pipe, plan) as handle:  # doctest: +SKIP
-        ...     video = pipe(prompt="a cat").frames
-        >>> print(handle.report())  # doctest: +SKIP
-    """
+    """`paroattn.apply` with a plan, or with a precision for all blocks; either is given."""
     if (plan is None) == (precision is None):
         raise InputError("apply takes either a plan or a precision; got " + ("both" if plan is not None else "neither"))
     if isinstance(plan, (str, os.PathLike)):
@@ -77,16 +56,23 @@ class Report:
         planned: calls of layers that ran as the plan says.
         dense: calls that ran with the model's own attention, by reason. Cross-attention, an IP-adapter's too, always
             does and is not counted.
+        plans: where plans are made beside requests, what became of the plan of each size.
     """
 
     planned: int
     dense: Mapping[str, int]
+    plans: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = self.planned + sum(self.dense.values())
         lines = [f"{self.planned} of {total} attention calls ran as planned"]
         lines += [f"{count} ran with the model's own attention: {reason}" for reason, count in self.dense.items()]
+        lines += [f"plan for {size}: {state}" for size, state in self.plans.items()]
         return "\n".join(lines)
+
+
+Observer = Callable[[int, AttentionCall], None]
+"""Looks at a call of a layer that runs with the model's own attention."""
 
 
 class Handle:
@@ -98,21 +84,28 @@ class Handle:
         self._precision = precision
         self._backend = backend
         self.strict = strict
-        self._runners: dict[torch.device, Runner] = {}
-        self._ready_for: tuple[torch.device, torch.dtype] | None = None
+        self._runners: dict[tuple[Plan | None, torch.device], Runner] = {}
+        self._ready_for: tuple[Runner, torch.dtype] | None = None
         self._lock = threading.Lock()
         self._counts: Counter[str | None] = Counter()
         self._requests = [_Request() for _ in pipeline.transformers]
-        device, dtype = pipeline.place
-        runner = self._runner(torch.device("cpu") if device.type == "meta" else device)
         owners = [request for request, own in zip(self._requests, pipeline.layers, strict=True) for _ in own]
         self._layers = [PlannedLayer(self, layer, request) for layer, request in enumerate(owners)]
-        self._make_ready(runner, device, dtype)
-        self._attachment = Attachment(pipeline, self._layers, self._before_forward, self._after_forward)
+        device, dtype = pipeline.place
+        if plan is not None or precision is not None:
+            self._make_ready(self.runner(plan, torch.device("cpu") if device.type == "meta" else device), device, dtype)
+        self._attachment = Attachment(
+            pipeline, self._layers, self._before_forward, self._after_forward, self._after_call
+        )
 
     def remove(self) -> None:
         """Restore the pipeline's own attention, bitwise; what others changed since stays."""
         self._attachment.remove()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has the plan that it runs with."""
+        return True
 
     def report(self) -> Report:
         """How many attention calls ran as planned, and why the others did not."""
@@ -141,36 +134,48 @@ class Handle:
         if first:
             warnings.warn(f"{reason}: the model's own attention runs instead", stacklevel=2)
 
-    def layer_runner(self, layer: int, device: torch.device) -> LayerRunner:
-        """What computes a layer on a device."""
-        return self._runner(device).layers[layer]
+    def runner(self, plan: Plan | None, device: torch.device) -> Runner:
+        """What computes a plan on a device; None stands for all blocks in the handle's precision."""
+        if (plan, device) not in self._runners:
+            if plan is None:
+                assert self._precision is not None
+                made = Runner.of_precision(self._precision, self._identity, device, self._backend)
+            else:
+                made = Runner(plan, device, backend=self._backend)
+            self._runners[plan, device] = made
+        return self._runners[plan, device]
 
-    def _runner(self, device: torch.device) -> Runner:
-        if device not in self._runners:
-            self._runners[device] = (
-                Runner.of_precision(self._precision, self._identity, device, self._backend)
-                if self._precision is not None
-                else Runner(self.plan, device, backend=self._backend)  # type: ignore[arg-type]
-            )
-        return self._runners[device]
+    def _choose(self, forward: Forward) -> Plan | Dense | None:
+        """The plan of a forward call (None: all blocks), or why it stays dense."""
+        reason = self.runner(self.plan, forward.hidden_states.device).refusal(forward.grid)
+        return self.plan if reason is None else Dense(reason)
+
+    def _observer(self) -> Observer | None:
+        """What looks at the calls of a forward call that was chosen to stay dense."""
+        return None
 
     def _before_forward(self, forward: Forward) -> None:
         self._collect()
-        tensor = forward.hidden_states
-        runner = self._runner(tensor.device)
-        reason, level = runner.refusal(forward.grid), forward.descriptor.level(forward.timestep)
-        self._requests[forward.transformer].begin(reason, runner.bucket(level))
-        if reason is None:
-            self._make_ready(runner, tensor.device, tensor.dtype)
+        tensor, request = forward.hidden_states, self._requests[forward.transformer]
+        chosen = self._choose(forward)
+        if isinstance(chosen, Dense):
+            request.begin(chosen.reason, observe=self._observer())
+            return
+        runner = self.runner(chosen, tensor.device)
+        request.begin(None, chosen, runner, runner.bucket(forward.descriptor.level(forward.timestep)))
+        self._make_ready(runner, tensor.device, tensor.dtype)
 
     def _after_forward(self, transformer: int) -> None:
         self._requests[transformer].end()
 
+    def _after_call(self, succeeded: bool) -> None:
+        """A call of the pipeline has ended."""
+
     def _make_ready(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         """Make operators before a forward call that may be compiled, where they could not be made."""
-        if device.type == "meta" or self._ready_for == (device, dtype):
+        if device.type == "meta" or self._ready_for == (runner, dtype):
             return
-        self._ready_for = (device, dtype)
+        self._ready_for = (runner, dtype)
         for layer, own in zip(self._layers, runner.layers, strict=True):
             own.make_ready(dtype)
             layer.runner = own
@@ -183,10 +188,16 @@ class Handle:
                 self.count(reason)
 
 
+UNSEEN = "compiled code cannot be observed: generate once before compiling, or calibrate"
+
+
 class _Known:
-    """What is known of a forward call: its step bucket, or why it stays dense."""
+    """What is known of a forward call: its plan and step bucket, or why it stays dense and what observes it."""
 
     reason: str | None = "attention was called outside of the transformer's forward call"
+    observe: Observer | None = None
+    plan: Plan | None
+    runner: Runner
     bucket: Tensor
 
 
@@ -206,13 +217,25 @@ class _Request:
         self._is_compiled = False
         self._thread: threading.Thread | None = None
 
-    def begin(self, reason: str | None, bucket: Tensor) -> None:
+    def begin(
+        self,
+        reason: str | None,
+        plan: Plan | None = None,
+        runner: Runner | None = None,
+        bucket: Tensor | None = None,
+        observe: Observer | None = None,
+    ) -> None:
         own, other = threading.current_thread(), self._thread
         if self._is_compiled and other not in (None, own) and other.is_alive():
             raise InputError("two threads call one compiled transformer at once; give each a transformer of its own")
         self._thread = own
         for known in (self._by_thread, self._in_compiled):
-            known.reason, known.bucket = reason, bucket
+            known.reason = reason
+            if runner is not None and bucket is not None:
+                known.plan, known.runner, known.bucket = plan, runner, bucket
+        self._by_thread.observe = observe
+        if observe is not None:
+            self._in_compiled.reason = UNSEEN
 
     def end(self) -> None:
         self._thread = None
@@ -239,7 +262,9 @@ class PlannedLayer:
     def __call__(self, call: AttentionCall) -> Tensor:
         known = self._request.now
         reason = call.refusal or known.reason
-        output: Tensor | Dense = Dense(reason) if reason else self._attend(call, known.bucket)
+        if known.observe is not None and not call.refusal:
+            known.observe(self._layer, call)
+        output: Tensor | Dense = Dense(reason) if reason else self._attend(call, known)
         if not isinstance(output, Dense):
             self._note(None)
             return output
@@ -247,10 +272,12 @@ class PlannedLayer:
             self._note(output.reason)
         return call.dense()
 
-    def _attend(self, call: AttentionCall, bucket: Tensor) -> Tensor | Dense:
-        runner = self.runner
-        if not torch.compiler.is_compiling() and (runner is None or runner.device != call.query.device):
-            runner = self._handle.layer_runner(self._layer, call.query.device)
+    def _attend(self, call: AttentionCall, known: _Known) -> Tensor | Dense:
+        runner, bucket = self.runner, known.bucket
+        if not torch.compiler.is_compiling():
+            runner = known.runner.layers[self._layer]
+            if runner.device != call.query.device:
+                runner = self._handle.runner(known.plan, call.query.device).layers[self._layer]
         if runner is None:
             raise InputError("paroattn was applied to a transformer on the meta device; apply it where it runs")
         return runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask, scale=call.scale)

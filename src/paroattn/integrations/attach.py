@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Attachment:
         intercepts: one per self-attention layer; the layers of a second transformer follow those of the first.
         on_forward: see `OnForward`.
         after_forward: called with the transformer's number when a forward call has ended, also by an error.
+        after_call: called when a call of the pipeline has ended, with whether it did so without an error.
 
     Raises:
         InputError: paroattn is attached already, or a processor cannot be taken over; nothing is changed then. While
@@ -65,8 +67,10 @@ class Attachment:
         intercepts: Sequence[Intercept],
         on_forward: OnForward,
         after_forward: Callable[[int], None] = lambda transformer: None,
+        after_call: Callable[[bool], None] = lambda succeeded: None,
     ):
         self._pipeline = Pipeline(pipe)
+        self._after_call = after_call
         modules = self._pipeline.layers
         if any(is_rebound(module.processor) for own in modules for module in own):
             raise InputError("paroattn is already applied to this pipeline; call remove() on its handle first")
@@ -84,7 +88,7 @@ class Attachment:
                 transformer = self._pipeline.transformers[number]
                 watcher = _Watcher(number, transformer, installed, on_forward, after_forward)
                 self._hooks += self._pipeline.hook(number, before=watcher, after=watcher.ended)
-            self._pipeline.watch(self._check_transformers)
+            self._pipeline.watch(self._around_call)
         except BaseException:
             self.remove()
             raise
@@ -112,13 +116,20 @@ class Attachment:
     ) -> None:
         self.remove()
 
-    def _check_transformers(self) -> None:
-        """Raise `InputError` when the pipeline is called with other transformers."""
+    @contextmanager
+    def _around_call(self) -> Iterator[None]:
+        """Raise `InputError` when the pipeline is called with other transformers; tell of the call's end."""
         if Pipeline(self._pipeline).transformers != self._pipeline.transformers:
             raise InputError(
                 "the pipeline's transformer was replaced after paroattn was applied; call remove() on its handle and "
                 "apply again"
             )
+        try:
+            yield
+        except BaseException:
+            self._after_call(False)
+            raise
+        self._after_call(True)
 
 
 class _Watcher:

@@ -66,6 +66,23 @@ class ObservedCall:
     scale: float
     dense: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, call: AttentionCall, layer: int, schedule: Schedule, grid: TokenGrid) -> ObservedCall:
+        """An intercepted call of a layer, where a generation is and with the visual tokens of a grid."""
+        return cls(
+            layer,
+            schedule.step,
+            schedule.num_steps,
+            schedule.level,
+            replace(grid, text_tokens=call.query.shape[1] - grid.visual_tokens),
+            call.query.detach(),
+            call.key.detach(),
+            call.value.detach(),
+            call.key_mask,
+            call.query.shape[-1] ** -0.5 if call.scale is None else call.scale,
+            call.dense,
+        )
+
     @property
     def heads(self) -> int:
         return self.query.shape[2]
@@ -136,20 +153,7 @@ def observe(
                 on_unseen(call.refusal)
             if call.refusal or not call.attends_to_itself or text < 0:
                 return call.dense()
-            observed = ObservedCall(
-                layer,
-                schedule.step,
-                schedule.num_steps,
-                schedule.level,
-                replace(known[0], text_tokens=text),
-                call.query.detach(),
-                call.key.detach(),
-                call.value.detach(),
-                call.key_mask,
-                call.query.shape[-1] ** -0.5 if call.scale is None else call.scale,
-                call.dense,
-            )
-            output = function(observed)
+            output = function(ObservedCall.of(call, layer, schedule, known[0]))
             return call.dense() if output is None else output
 
         return attend

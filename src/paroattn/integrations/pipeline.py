@@ -7,6 +7,7 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -108,15 +109,15 @@ class Pipeline:
         """Whether it can decode latents to frames."""
         return getattr(self._pipe, "vae", None) is not None
 
-    def watch(self, check: Callable[[], None] | None) -> None:
-        """Call `check` before each call of the pipeline, until `watch(None)`."""
-        watched = vars(self._pipe).pop("_paroattn_check", None) is not None
+    def watch(self, around: Callable[[], AbstractContextManager[None]] | None) -> None:
+        """Run each call of the pipeline within `around()`, until `watch(None)`."""
+        watched = vars(self._pipe).pop("_paroattn_around", None) is not None
         if watched:
             self._pipe.__class__ = type(self._pipe).__mro__[1]
-        if check is not None and callable(self._pipe):
+        if around is not None and callable(self._pipe):
             kind: Any = type(self._pipe)
             self._pipe.__class__ = _watched_class(kind)
-            self._pipe._paroattn_check = check
+            self._pipe._paroattn_around = around
 
     def hook(self, number: int, before: Any, after: Any) -> list[Any]:
         """Call `before(module, args, kwargs)` and `after(module, args, output)` around calls of a transformer."""
@@ -147,14 +148,14 @@ class Pipeline:
 
 @functools.lru_cache
 def _watched_class(pipeline_class: Any) -> type:
-    """The class under its own name, whose calls first ask the instance's `_paroattn_check`."""
+    """The class under its own name, whose calls run within the instance's `_paroattn_around`."""
     original = pipeline_class.__call__
 
     @functools.wraps(original)  # keeps the signature
-    def checked_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._paroattn_check()
-        return original(self, *args, **kwargs)
+    def watched_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._paroattn_around():
+            return original(self, *args, **kwargs)
 
     # Pipelines are saved and looked up by the name of their class.
     names = {"__module__": pipeline_class.__module__, "__qualname__": pipeline_class.__qualname__}
-    return type(pipeline_class.__name__, (pipeline_class,), {"__call__": checked_call, **names})
+    return type(pipeline_class.__name__, (pipeline_class,), {"__call__": watched_call, **names})

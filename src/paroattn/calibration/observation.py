@@ -1,0 +1,147 @@
+"""What one generation tells of a pipeline's attention, and the plan that it makes: no other generation is needed.
+
+Token orders are compared in an early step of each transformer, costs of blocks are measured in one later step of each
+step bucket. What errors do to the final result is not measured but taken from models that were (docs/fidelity.md).
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from paroattn.block_mask import BLOCK
+from paroattn.calibration.budget import CostStatistics, select_by_cost
+from paroattn.calibration.calibrate import bucket_edges_by_change
+from paroattn.calibration.capture import BlockCosts, OrderErrors
+from paroattn.calibration.checkpoint import Checkpoint
+from paroattn.calibration.run import QUICK, calibration_kernels
+from paroattn.grid import TokenGrid
+from paroattn.integrations.observe import ObservedCall
+from paroattn.order import candidate_orders
+from paroattn.plan import ModelIdentity, Plan, bucket_of
+from paroattn.quantize import Precision
+
+_ORDER_SHARE = 0.25  # of the steps, in the last of which orders are compared: the later, the better they are chosen
+_MOST_BUCKETS = 10
+_EARLY_WEIGHT, _EARLY_LEVEL, _EARLY_WIDTH = 2.5, 0.9, 0.02  # see `early_weights`
+
+
+class Observation:
+    """Statistics of one generation with the model's own attention.
+
+    Args:
+        model, grid: of the pipeline.
+        schedule: noise level of each step, descending.
+        memory_gb: as in `paroattn.calibrate`.
+
+    Raises:
+        InputError: statistics that fit neither in memory nor on the disk.
+    """
+
+    def __init__(self, model: ModelIdentity, grid: TokenGrid, schedule: tuple[float, ...], memory_gb: float):
+        self._model, self._grid, self._schedule = model, grid, schedule
+        steps = len(schedule)
+        self._edges = bucket_edges_by_change([1.0] * (steps - 1), _MOST_BUCKETS)
+        self._buckets = [bucket_of(self._edges, step, steps) for step in range(steps)]
+        self._order_step = max(1, round(_ORDER_SHARE * steps)) - 1
+        self._names = candidate_orders(grid)
+        shape = (model.layers, model.heads)
+        self._orders = OrderErrors(
+            *shape, grid, self._names, BLOCK, QUICK.order_rows, 0, QUICK.order_levels, calibration_kernels
+        )
+        self._index = torch.zeros(shape, dtype=torch.uint8)
+        self._costs = BlockCosts(
+            len(self._edges), self._names, self._index, grid, row_share=QUICK.cost_rows, error_share=QUICK.error_rows,
+            in_bytes=True, new_zeros=lambda shape, dtype: Checkpoint().zeros(shape, dtype, memory_gb * 1e9),
+            kernels_for=calibration_kernels,
+        )  # fmt: skip
+        self._calls: dict[int, set[int]] = {}  # steps in which each layer was called
+        self._measured: set[tuple[int, int]] = set()  # (bucket, layer)
+
+    def add(self, call: ObservedCall) -> None:
+        """Take one attention call; of each step and layer the first one counts."""
+        steps = self._calls.setdefault(call.layer, set())
+        if call.step in steps:
+            return
+        steps.add(call.step)
+        since = call.step - min(steps)  # a second transformer begins later
+        call = call.first(1)
+        if since == self._order_step:
+            if len(self._names) > 1:
+                self._orders.add(call)
+            self._index[call.layer] = self._orders.choose()[call.layer]
+            self._costs.use_orders(call.layer, [self._names[number] for number in self._index[call.layer].tolist()])
+        bucket = self._buckets[call.step]
+        middle = self._buckets.index(bucket) + (self._buckets.count(bucket) - 1) // 2
+        if since >= self._order_step and call.step >= middle and (bucket, call.layer) not in self._measured:
+            self._measured.add((bucket, call.layer))
+            self._costs.add(bucket, call)
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether costs of any layer were measured."""
+        return bool(self._measured)
+
+    def plan(self, density: float, precision: Precision, device: torch.device) -> Plan:
+        """The plan of a density; blocks are chosen on `device`."""
+        return select_by_cost(self.statistics(), density=density, precision=precision, device=device)
+
+    def statistics(self) -> CostStatistics:
+        """What plans are selected from."""
+        self._fill()
+        sums, costs, errors, norms = self._costs.means()
+        used, index = torch.unique(self._index, return_inverse=True)
+        usage = torch.zeros(len(self._edges), self._model.layers, dtype=torch.float32)
+        for layer, steps in self._calls.items():
+            for step in steps if any(own == layer for _, own in self._measured) else ():
+                usage[self._buckets[step], layer] += 1
+        usage /= torch.tensor(self._buckets).bincount(minlength=len(self._edges)).unsqueeze(1)
+        levels = torch.tensor(self._schedule, dtype=torch.float64)
+        of_bucket = torch.tensor(self._buckets)
+        mean_level = torch.stack([levels[of_bucket == bucket].mean() for bucket in range(len(self._edges))])
+        return CostStatistics(
+            model=self._model,
+            grid=self._grid,
+            order_names=tuple(self._names[number] for number in used.tolist()),
+            order_index=index.to(torch.uint8),
+            schedule=self._schedule,
+            bucket_edges=self._edges,
+            block_q=BLOCK,
+            block_sums=sums,
+            costs=costs,
+            errors=errors,
+            norms=norms,
+            weights=early_weights(mean_level).view(-1, 1, 1).expand(norms.shape),
+            int4_effects=torch.zeros_like(norms[0]),
+            usage=usage,
+            provenance={
+                "paroattn": version("paroattn"),
+                "method": "paroattn, beside one generation",
+                "num_inference_steps": len(self._schedule),
+            },
+        )
+
+    def _fill(self) -> None:
+        """Layers that were called in a bucket before they could be measured there take what the nearest one has."""
+        for layer in self._calls:
+            measured = [bucket for bucket, own in self._measured if own == layer]
+            for bucket in range(len(self._edges)) if measured else ():
+                if bucket not in measured:
+                    self._costs.copy(min(measured, key=lambda own: (abs(own - bucket), own)), bucket, layer)
+
+
+def early_weights(level: Tensor) -> Tensor:
+    """How much an error at a noise level is taken to count for the final result, relative to one in late steps.
+
+    Example:
+        >>> early_weights(torch.tensor([1.0, 0.9, 0.5]))
+        tensor([12.0821,  3.4903,  1.0000])
+    """
+    return (_EARLY_WEIGHT * ((level - _EARLY_LEVEL) / _EARLY_WIDTH).sigmoid()).exp()
+
+
+def size_of(grid: TokenGrid) -> tuple[int, int, int]:
+    """What tells the sizes of requests apart; their numbers of text tokens may differ."""
+    return grid.frames, grid.height, grid.width

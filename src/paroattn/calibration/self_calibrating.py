@@ -1,0 +1,254 @@
+"""Applying without a plan: the first request of a size is observed, later ones run with the plan that came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from paroattn.calibration.calibrate import check_precision
+from paroattn.calibration.keep import check_density, check_reachable
+from paroattn.calibration.observation import Observation, size_of
+from paroattn.errors import InputError, PlanError
+from paroattn.integrations.apply import Handle, Observer, Report
+from paroattn.integrations.apply import apply as apply_plan
+from paroattn.integrations.attach import Forward
+from paroattn.integrations.observe import ObservedCall
+from paroattn.integrations.pipeline import Pipeline
+from paroattn.integrations.rebind import AttentionCall
+from paroattn.integrations.schedule import Schedule
+from paroattn.plan import Plan
+from paroattn.plan_cache import PlanCache, PlanWish
+from paroattn.quantize import Precision
+from paroattn.runner import Dense
+
+OBSERVED = "the first request of a size runs so while its plan is made"
+
+
+def apply(
+    pipe: Any,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    *,
+    density: float | None = None,
+    precision: str | Precision | None = None,
+    strict: bool = False,
+    backend: str = "auto",
+    cache: str | os.PathLike[str] | PlanCache | None = None,
+    memory_gb: float = 8.0,
+    progress: bool = True,
+) -> Handle:
+    """Let a pipeline's transformers attend as a plan says, until the handle is removed.
+
+    With a density instead of a plan, the pipeline calibrates itself: the first request of each size runs with the
+    model's own attention and is observed, and later ones of that size, also of later processes, run with the plan that
+    came of it. `paroattn.calibrate` takes longer and makes better plans (docs/fidelity.md).
+
+    Args:
+        pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
+        plan: from `paroattn.calibrate` or `Plan.load`, or a plan file's path. None computes every block, unless there
+            is a density.
+        density: without a plan, kept blocks over all blocks, in (0, 1], of the plans that are made.
+        precision: without a plan, the number format of all heads ("int8", ...; with a density, default "exact" and no
+            "int4"); a plan brings its own.
+        strict: raise `PlanError` at the first call that runs with the model's own attention (another size, tokens
+            beyond the grid, masks of another kind) instead of warning once of each reason. Requests that are observed
+            may.
+        backend: "auto" or a backend's name.
+        cache: the folder of plans that were made, or a `PlanCache`; default: the user's (docs/how-to.md).
+        memory_gb: host memory for what skipping blocks costs while a request is observed, in 10^9 bytes; what takes
+            more lies in a temporary file.
+        progress: say on stderr when a plan is made or found.
+
+    Returns:
+        A handle with `remove()`, `report()` and `ready`; also a context manager.
+
+    Raises:
+        PlanError: the plan is for another model, number of heads or layers; with `strict` also while generating.
+        InputError: an unknown model class, precision or backend; a plan beside a density or precision, or none of them.
+
+    Example:
+        >>> with paroattn.apply(pipe, plan) as handle:  # doctest: +SKIP
+        ...     video = pipe(prompt="a cat").frames
+        >>> print(handle.report())  # doctest: +SKIP
+        >>> handle = paroattn.apply(pipe, density=0.3, precision="int8")  # doctest: +SKIP
+    """
+    if density is None:
+        return apply_plan(pipe, plan, precision=precision, strict=strict, backend=backend)
+    if plan is not None:
+        raise InputError("apply takes either a plan or a density; got both")
+    check_density(density)
+    parsed = Precision.parse(precision or "exact")
+    if "int4" in (parsed.qk, parsed.pv):
+        raise InputError(
+            "precision 'int4' needs to know which heads it harms, which one request does not tell; make a plan with "
+            "paroattn.calibrate, or ask for int8"
+        )
+    check_precision(pipe, parsed)
+    plans = cache if isinstance(cache, PlanCache) else PlanCache(cache)
+    return SelfCalibratingHandle(
+        Pipeline(pipe), PlanWish(density, parsed), plans, strict=strict, backend=backend, memory_gb=memory_gb,
+        progress=progress,
+    )  # fmt: skip
+
+
+class SelfCalibratingHandle(Handle):
+    """A handle that makes its plans beside requests; `plan` is that of the last request, or None."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        wish: PlanWish,
+        cache: PlanCache,
+        *,
+        strict: bool,
+        backend: str,
+        memory_gb: float,
+        progress: bool,
+    ):
+        self._wish = wish
+        self._cache = cache
+        self._memory_gb = memory_gb
+        self._progress = progress
+        self._pipeline = pipeline
+        self._plans: dict[tuple[int, int, int], Plan | Dense] = {}
+        self._states: dict[str, str] = {}
+        self._observed: _ObservedRequest | None = None
+        super().__init__(pipeline, None, None, strict, backend)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next request of the size of the last one has a plan."""
+        return self.plan is not None
+
+    def report(self) -> Report:
+        """As `Handle.report`, and what became of the plan of each size."""
+        found = super().report()
+        return Report(found.planned, found.dense, dict(self._states))
+
+    def count(self, reason: str | None) -> None:
+        """As `Handle.count`; observed calls neither warn nor raise."""
+        if reason == OBSERVED:
+            with self._lock:
+                self._counts[reason] += 1
+        else:
+            super().count(reason)
+
+    def _choose(self, forward: Forward) -> Plan | Dense | None:
+        grid = forward.grid
+        if grid is None:
+            return Dense("this request has tokens that are no single box of frames, height and width")
+        request = self._observed
+        if request is not None and request.thread is threading.current_thread():
+            if request.goes_on(forward, self._pipeline.scheduler):
+                return Dense(OBSERVED)
+            self._finish(request)  # a host that does not call the pipeline has begun another generation
+        size = size_of(grid)
+        if size not in self._plans:
+            self._look_for(forward)
+        chosen = self._plans.get(size, Dense("another request is being observed"))
+        self.plan = chosen if isinstance(chosen, Plan) else None
+        if self._observed is not None and self._observed.thread is threading.current_thread():
+            return Dense(OBSERVED)
+        return chosen
+
+    def _look_for(self, forward: Forward) -> None:
+        """Take a size's plan from the cache, or begin to observe."""
+        grid = forward.grid
+        assert grid is not None
+        size, name = size_of(grid), str(grid)
+        try:
+            check_reachable(self._wish.density, grid)
+        except PlanError as error:
+            self._plans[size] = Dense(str(error))
+            self._say(name, str(error))
+            return
+        found = self._cache.find(self._identity, grid, self._wish)
+        if found is not None:
+            self._plans[size] = found
+            self._say(name, f"density {found.density():.3f}, from {self._cache.folder}")
+            return
+        with self._lock:
+            if self._observed is not None and self._observed.thread.is_alive():
+                return
+            self._observed = _ObservedRequest(forward, self._pipeline, self._memory_gb)
+        self._say(name, "being made; this request runs with the model's own attention")
+
+    def _observer(self) -> Observer | None:
+        request = self._observed
+        return request.take if request is not None and request.thread is threading.current_thread() else None
+
+    def _after_call(self, succeeded: bool) -> None:
+        request = self._observed
+        if request is None or request.thread is not threading.current_thread():
+            return
+        if succeeded:
+            self._finish(request)
+        else:
+            self._observed = None
+            self._say(str(request.grid), "not made: the request ended early; the next one will be observed")
+
+    def _finish(self, request: _ObservedRequest) -> None:
+        """Make the plan of a request that has ended, and keep it."""
+        self._observed = None
+        size, name = size_of(request.grid), str(request.grid)
+        if not request.is_complete:
+            self._say(name, "not made: the request ended early; the next one will be observed")
+            return
+        if not request.observation.is_of_use:
+            self._say(name, "not made: no attention call of this size could be observed")
+            return
+        start = time.perf_counter()
+        device = request.device if request.device.type == "cuda" else torch.device("cpu")
+        plan = request.observation.plan(self._wish.density, self._wish.precision, device)
+        self._plans[size] = self.plan = plan
+        seconds = time.perf_counter() - start
+        try:
+            kept = f"kept as {self._cache.put(plan, self._wish)}"
+        except InputError as error:
+            kept = f"not kept: {error}"
+        self._say(name, f"density {plan.density():.3f}, made in {seconds:.1f} s, {kept}")
+
+    def _say(self, size: str, state: str) -> None:
+        self._states[size] = state
+        if self._progress:
+            tqdm.write(f"paroattn: plan for {size}: {state}", file=sys.stderr)
+
+
+class _ObservedRequest:
+    """A generation that is observed, in the thread in which it began.
+
+    Attributes:
+        is_complete: whether the last step was reached.
+    """
+
+    def __init__(self, forward: Forward, pipeline: Pipeline, memory_gb: float):
+        assert forward.grid is not None
+        self.thread = threading.current_thread()
+        self.grid = forward.grid
+        self.device = forward.hidden_states.device
+        self._schedule = Schedule()
+        self._schedule.follow(forward.descriptor, forward.timestep, pipeline.scheduler)
+        self.is_complete = self._schedule.num_steps == 1
+        self.observation = Observation(pipeline.identity, self.grid, self._schedule.levels, memory_gb)
+
+    def goes_on(self, forward: Forward, scheduler: Any) -> bool:
+        """Whether a forward call belongs to this generation; it is then followed."""
+        assert forward.grid is not None
+        if size_of(forward.grid) != size_of(self.grid):
+            return False
+        before, levels = self._schedule.step, self._schedule.levels
+        self._schedule.follow(forward.descriptor, forward.timestep, scheduler)
+        if self._schedule.levels != levels or self._schedule.step < before:
+            return False
+        self.is_complete = self._schedule.step == len(levels) - 1
+        return True
+
+    def take(self, layer: int, call: AttentionCall) -> None:
+        """Take a call of a layer."""
+        if call.attends_to_itself and call.query.shape[1] >= self.grid.visual_tokens:
+            self.observation.add(ObservedCall.of(call, layer, self._schedule, self.grid))
