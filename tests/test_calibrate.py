@@ -1,5 +1,7 @@
 """Calibration of a running pipeline."""
 
+import re
+
 import oracles
 import pytest
 import tiny
@@ -107,3 +109,16 @@ def test_criterion_parameters_are_checked():
     for changes in ({"alpha": 2}, {"sigma": 0}, {"epsilon": -1}, {"relative_epsilon": 0}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             OrderCriterion(**changes)
+
+
+@pytest.mark.parametrize("calibrate", [paroattn.calibrate, paroattn.calibrate_paper])
+def test_calibration_says_where_its_time_went(pipe, capsys, calibrate):
+    calibrate(pipe, PROMPTS[:1], density=0.75)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibration measured")]
+    assert re.match(r"calibration measured for [\d.]+ s: ", line)
+    parts = [part.rpartition(" ") for part in line.partition(" s: ")[2].split(", ")]
+    assert {"token orders"} < {name for name, _, _ in parts}
+    seconds = [float(number) for _, _, number in parts]
+    assert seconds == sorted(seconds, reverse=True)
+    calibrate(pipe, PROMPTS[:1], density=0.75, progress=False)
+    assert not capsys.readouterr().err

@@ -254,15 +254,18 @@ def collect_costs(
         },
     )
     if not effects:
+        run.say_where_time_went()
         return statistics
     middle = sorted(densities)[len(densities) // 2] if densities else DENSITY
     least = least_density(run.grid, block_q)
     if not densities and least > middle:  # text alone takes more
         middle = (1 + least) / 2
     uniform = Selection(budget="uniform")
-    draft = select_by_cost(statistics, density=middle, selection=uniform, device=_device_of(pipe))
+    with run.timed("draft of a plan"):
+        draft = select_by_cost(statistics, density=middle, selection=uniform, device=_device_of(pipe))
     draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
     measured = measure_effects(run, draft, draft_errors, sampling, seed=seed, int4=int4)
+    run.say_where_time_went()
     return replace(statistics, weights=measured.weights, int4_effects=measured.int4)
 
 

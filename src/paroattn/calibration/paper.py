@@ -152,6 +152,7 @@ def collect_block_sums(
         accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
 
     (sums,) = run.measure("sums", "calibration 2/2, block sums", make_sums, add_up)
+    run.say_where_time_went()
     edges = step_bucket_edges(run.num_steps, step_buckets)
     provenance = {
         **run.provenance("paper", prompt_texts),

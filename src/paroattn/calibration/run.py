@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -115,6 +117,7 @@ class CalibrationRun:
         identity: of the pipeline's transformers.
         grid: the token grid, known once something was generated; its text tokens are the first prompt's.
         schedule: noise levels of the denoising steps of a generation, known then, too.
+        seconds: that each part took so far.
     """
 
     grid: TokenGrid
@@ -146,6 +149,7 @@ class CalibrationRun:
         self._call_arguments = call_arguments
         self._progress = progress
         self._samples = samples
+        self.seconds: dict[str, float] = {}
         self._recording = Recording(self.pipeline)
         self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
 
@@ -306,8 +310,30 @@ class CalibrationRun:
         call = {**self._call_arguments, **arguments, "generator": generator, "output_type": output_type}
         return self.pipeline.generate(**call)
 
-    def bar(self, total: int, description: str, unit: str, done: int = 0) -> tqdm:
-        return tqdm(total=total, initial=done, desc=description, unit=unit, disable=not self._progress)
+    @contextmanager
+    def bar(self, total: int, description: str, unit: str, done: int = 0) -> Iterator[tqdm]:
+        """A progress bar of a part, whose time is noted."""
+        with (
+            self.timed(description.rpartition(", ")[2]),
+            tqdm(total=total, initial=done, desc=description, unit=unit, disable=not self._progress) as bar,
+        ):
+            yield bar
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of what runs within to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def say_where_time_went(self) -> None:
+        """One line on stderr, longest part first."""
+        if self._progress:
+            parts = sorted(self.seconds.items(), key=lambda item: -item[1])
+            listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
+            tqdm.write(f"calibration measured for {sum(self.seconds.values()):.1f} s: {listed}", file=sys.stderr)
 
     def provenance(self, method: str, prompt_texts: Sequence[str] | None) -> dict[str, Any]:
         """What a plan records of every calibration; `prompt_texts` replace the prompts where those are embeddings."""
