@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from safetensors import SafetensorError
 
 import paroattn
 from paroattn.calibration.calibrate import collect_costs
@@ -219,3 +220,12 @@ def test_quick_calibration_looks_at_one_step_of_each_bucket(pipe):
     run._called = {(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)}
     assert run.steps_of((0.0, 0.4), 1) == {(1, 0), (2, 0), (4, 1)}
     assert run.steps_of((0.0, 0.4), None) == run._called
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    def fill_the_disk(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
+    with pytest.raises(OSError, match=r"orders.calibration' cannot be written: No space left on device"):
+        calibrate(tiny.tiny_wan(), tmp_path / "work")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import paroattn
@@ -86,7 +86,11 @@ def test_push_to_hub_uploads_the_file(plan, monkeypatch):
 
 def test_a_failing_save_keeps_the_old_file(plan, path, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr("paroattn.plan.save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fill_the_disk(*_, **__):
+        raise SafetensorError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
     with pytest.raises(OSError, match="disk full"):
         plan.save(path)
     assert path.read_bytes() == before

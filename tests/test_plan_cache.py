@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from paroattn import InputError, Plan, Precision
 from paroattn.cli.group import command_line
@@ -343,7 +343,11 @@ def test_a_folder_that_is_only_for_reading_gives_its_plans(cache, plan):
 def test_a_failing_write_keeps_the_old_plan(cache, plan, monkeypatch):
     path = cache.put(plan, WISH)
     before = path.read_bytes()
-    monkeypatch.setattr("paroattn.plan.save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fill_the_disk(*_, **__):
+        raise SafetensorError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
     with pytest.raises(InputError, match="disk full"):
         cache.put(plan, WISH)
     assert path.read_bytes() == before

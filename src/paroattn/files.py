@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from paroattn.errors import InputError
 
@@ -27,6 +28,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, whole or not at all; `OSError` where that fails, on a full disk, say."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    own = None if metadata is None else dict(metadata)
+    try:
+        write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=own))
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from paroattn.block_mask import block_count, count_bits, pack_bits, text_blocks
 from paroattn.errors import PlanError
-from paroattn.files import write_atomically
+from paroattn.files import save_tensors
 from paroattn.grid import TokenGrid
 from paroattn.order import token_order
 from paroattn.quantize import Precision
@@ -217,7 +216,7 @@ class Plan:
         header = json.loads(json.dumps(header))  # as it will be read: provenance may have keys that are no strings
         header["digest"] = _digest(header, tensors)
         metadata = {_HEADER_KEY: json.dumps(header, sort_keys=True)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-
 from paroattn.errors import InputError, PlanError, require
 from paroattn.files import check_output, plain_name, write_atomically
 from paroattn.grid import TokenGrid
@@ -114,7 +112,7 @@ class PlanCache:
             with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder) as unfinished:
                 noted.save(Path(unfinished) / path.name)
                 (Path(unfinished) / path.name).replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise InputError(
                 f"plan cache {str(self.folder)!r} cannot be written ({error}); set {FOLDER_VARIABLE} to another folder"
             ) from error

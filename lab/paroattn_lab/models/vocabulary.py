@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from paroattn.errors import InputError
-from paroattn.files import write_atomically
+from paroattn.files import save_tensors
 
 PADDING = "<pad>"
 
@@ -63,7 +62,7 @@ class PromptVocabulary:
         """Write words and vectors to one safetensors file."""
         header = {"words": json.dumps(self.words), "length": str(self.length)}
         tensors = {"embedding": self.embedding.contiguous()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        save_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: Path) -> PromptVocabulary:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from paroattn.cli.frames import save_frames
 from paroattn.errors import InputError
-from paroattn.files import plain_name, write_atomically
+from paroattn.files import plain_name, save_tensors, write_atomically
 
 _CONFIGURATION = "configuration.json"
 _PAIRS = "pairs"
@@ -80,7 +80,7 @@ class PairStore:
         tensors = {"frames": (frames if exact else (frames * 255).round().byte()).contiguous()}
         if latents is not None:
             tensors["latents"] = latents.contiguous()
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        save_tensors(path, tensors)
 
     def load_sample(self, pair: int, contender: int) -> tuple[Tensor, Tensor | None] | None:
         """Frames in [0, 1] and latents, or None."""

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from paroattn.errors import InputError
-from paroattn.files import write_atomically
+from paroattn.files import save_tensors
 
 SUFFIX = ".calibration"
 _FACTS = "paroattn_calibration"
@@ -53,7 +52,7 @@ class Checkpoint:
             return
         own = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {_FACTS: json.dumps(dict(facts))}
-        write_atomically(self._path(self._folder, part), lambda path: save_file(own, path, metadata=metadata))
+        save_tensors(self._path(self._folder, part), own, metadata)
 
     def load(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept of a part, or None.
@@ -77,8 +76,8 @@ class Checkpoint:
         if size > memory and size > free:
             raise InputError(
                 f"what skipping blocks costs takes {size / 1e9:.1f} GB: more than memory_gb is, and than the "
-                f"{free / 1e9:.1f} GB that are free in {str(self._file_folder)!r}; give more of either (work_dir names "
-                "another disk), or fewer step_buckets"
+                f"{free / 1e9:.1f} GB that are free in {str(self._file_folder)!r}; give more of either: "
+                "work_dir, or the variable TMPDIR, names another disk"
             )
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, memory: float) -> Tensor:
