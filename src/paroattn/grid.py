@@ -37,6 +37,11 @@ class TokenGrid:
             raise InputError(f"text_position is {self.text_position!r}; expected 'prefix' or 'suffix'")
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width: what plans are for, whatever the number of text tokens."""
+        return self.frames, self.height, self.width
+
+    @property
     def visual_tokens(self) -> int:
         return self.frames * self.height * self.width
 

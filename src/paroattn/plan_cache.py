@@ -198,7 +198,7 @@ def _key(model: ModelIdentity, grid: TokenGrid, wish: PlanWish) -> str:
     asked = {
         "version": FORMAT_VERSION,
         "model": asdict(model),
-        "grid": [grid.frames, grid.height, grid.width],
+        "grid": grid.size,
         "text": grid.text_position if grid.text_tokens else None,
         **_note(wish),
     }

@@ -123,7 +123,7 @@ class Runner:
             return None
         found = "tokens that are no single box of frames, height and width" if grid is None else f"grid {grid}"
         planned = self.grid
-        if grid is None or (planned.frames, planned.height, planned.width) != (grid.frames, grid.height, grid.width):
+        if grid is None or planned.size != grid.size:
             return f"plan is for grid {planned}; this request has {found}"
         return None
 

@@ -126,7 +126,7 @@ def select_by_cost(
         precision: of all heads; with "int4" the heads in which it hurts most are computed in INT8.
         selection: how blocks are chosen.
         int8_share: most heads that an "int4" plan computes in INT8, as a share in [0, 1].
-        device: where blocks are compared.
+        device: of the model: blocks are compared there if it is a GPU.
 
     Raises:
         InputError: density or int8_share out of range, or an unknown precision.
@@ -143,7 +143,8 @@ def select_by_cost(
         "chosen": approximated < dropped,
     }[selection.compensate]
     required = text_blocks(statistics.grid, statistics.block_q)
-    masks, required_there = MaskTable((*compensate.shape, *required.shape)), required.to(device)
+    where = torch.device(device if torch.device(device).type == "cuda" else "cpu")
+    masks, required_there = MaskTable((*compensate.shape, *required.shape)), required.to(where)
     owed = 0.0  # blocks times share of all calls that rounding to whole blocks has left to spend
     shares, blocks = statistics.shares, required.numel()
     sparse = ~selection.fixed(statistics)
@@ -152,7 +153,7 @@ def select_by_cost(
         place = (bucket, layer, head)
         share, wanted = float(shares[place]), float(densities[place]) * blocks
         rounded = min(max(round(wanted + owed / share), 0), blocks)
-        score = _score(statistics, selection, place, bool(compensate[place])).to(device)
+        score = _score(statistics, selection, place, bool(compensate[place])).to(where)
         mask = keep_best(score, rounded / blocks, required_there)
         kept = int(mask.sum())
         owed += (wanted - kept) * share

@@ -132,7 +132,7 @@ def calibrate(
 
     def select(density: float) -> Plan:
         choice: dict[str, Any] = {"precision": parsed, "selection": selection, "int8_share": int8_share}
-        return select_by_cost(costs, density=density, **choice, device=_device_of(pipe))
+        return select_by_cost(costs, density=density, **choice, device=Pipeline(pipe).place[0])
 
     if goal is None:
         plan = select(density)
@@ -223,11 +223,9 @@ def collect_costs(
         new_zeros = functools.partial(run.checkpoint.zeros, memory=memory_gb * 1e9)
         return (BlockCosts(len(edges), names, chosen, run.grid, block_q, new_zeros=new_zeros, **arguments),)
 
-    looked_at: set[tuple[int, int]] = set()
+    looked_at = run.steps_of(edges, sampling.cost_steps)
 
     def add(accumulators: tuple[BlockCosts], call: ObservedCall) -> None:
-        if not looked_at:
-            looked_at.update(run.steps_of(edges, sampling.cost_steps))
         if (call.step, call.layer) in looked_at:
             accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
 
@@ -262,16 +260,11 @@ def collect_costs(
         middle = (1 + least) / 2
     uniform = Selection(budget="uniform")
     with run.timed("draft of a plan"):
-        draft = select_by_cost(statistics, density=middle, selection=uniform, device=_device_of(pipe))
+        draft = select_by_cost(statistics, density=middle, selection=uniform, device=run.pipeline.place[0])
     draft_errors = interpolate(errors.amin(0), torch.full(norms.shape, middle, dtype=torch.float64))
     measured = measure_effects(run, draft, draft_errors, sampling, seed=seed, int4=int4)
     run.say_where_time_went()
     return replace(statistics, weights=measured.weights, int4_effects=measured.int4)
-
-
-def _device_of(pipe: Any) -> torch.device:
-    device = Pipeline(pipe).place[0]
-    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _choose_orders(

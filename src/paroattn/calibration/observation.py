@@ -16,7 +16,7 @@ from paroattn.calibration.budget import CostStatistics, select_by_cost
 from paroattn.calibration.calibrate import bucket_edges_by_change
 from paroattn.calibration.capture import BlockCosts, OrderErrors
 from paroattn.calibration.checkpoint import Checkpoint
-from paroattn.calibration.run import QUICK, calibration_kernels
+from paroattn.calibration.run import QUICK, calibration_kernels, usage_of
 from paroattn.grid import TokenGrid
 from paroattn.integrations.observe import ObservedCall
 from paroattn.order import candidate_orders
@@ -93,11 +93,8 @@ class Observation:
         self._fill()
         sums, costs, errors, norms = self._costs.means()
         used, index = torch.unique(self._index, return_inverse=True)
-        usage = torch.zeros(len(self._edges), self._model.layers, dtype=torch.float32)
-        for layer, steps in self._calls.items():
-            for step in steps if any(own == layer for _, own in self._measured) else ():
-                usage[self._buckets[step], layer] += 1
-        usage /= torch.tensor(self._buckets).bincount(minlength=len(self._edges)).unsqueeze(1)
+        measured = {layer for _, layer in self._measured}
+        called = [(step, layer) for layer, steps in self._calls.items() if layer in measured for step in steps]
         levels = torch.tensor(self._schedule, dtype=torch.float64)
         of_bucket = torch.tensor(self._buckets)
         mean_level = torch.stack([levels[of_bucket == bucket].mean() for bucket in range(len(self._edges))])
@@ -115,7 +112,7 @@ class Observation:
             norms=norms,
             weights=early_weights(mean_level).view(-1, 1, 1).expand(norms.shape),
             int4_effects=torch.zeros_like(norms[0]),
-            usage=usage,
+            usage=usage_of(called, self._edges, len(self._schedule), self._model.layers),
             provenance={
                 "paroattn": version("paroattn"),
                 "method": "paroattn, beside one generation",
@@ -140,8 +137,3 @@ def early_weights(level: Tensor) -> Tensor:
         tensor([12.0821,  3.4903,  1.0000])
     """
     return (_EARLY_WEIGHT * ((level - _EARLY_LEVEL) / _EARLY_WIDTH).sigmoid()).exp()
-
-
-def size_of(grid: TokenGrid) -> tuple[int, int, int]:
-    """What tells the sizes of requests apart; their numbers of text tokens may differ."""
-    return grid.frames, grid.height, grid.width

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -175,11 +175,7 @@ class CalibrationRun:
 
     def usage(self, edges: tuple[float, ...]) -> Tensor:
         """Share of each step bucket's steps in which each layer was called, float32 [buckets, layers]."""
-        buckets = torch.tensor([bucket_of(edges, step, self.num_steps) for step in range(self.num_steps)])
-        calls = torch.zeros(len(edges), self.identity.layers, dtype=torch.float32)
-        for step, layer in self._called:
-            calls[buckets[step], layer] += 1
-        return calls / buckets.bincount(minlength=len(edges)).unsqueeze(1)
+        return usage_of(self._called, edges, self.num_steps, self.identity.layers)
 
     def measure(
         self,
@@ -349,6 +345,18 @@ class CalibrationRun:
 
 class _BrokenOffError(Exception):
     """Ends a generation whose other steps are not looked at."""
+
+
+def usage_of(called: Iterable[tuple[int, int]], edges: tuple[float, ...], num_steps: int, layers: int) -> Tensor:
+    """Share of each step bucket's steps in which each layer was called, float32 [buckets, layers].
+
+    called: pairs of a denoising step and a layer.
+    """
+    buckets = torch.tensor([bucket_of(edges, step, num_steps) for step in range(num_steps)])
+    calls = torch.zeros(len(edges), layers, dtype=torch.float32)
+    for step, layer in called:
+        calls[buckets[step], layer] += 1
+    return calls / buckets.bincount(minlength=len(edges)).unsqueeze(1)
 
 
 def check_orders(order_names: Sequence[str] | None) -> None:

@@ -8,12 +8,11 @@ import threading
 import time
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from paroattn.calibration.calibrate import check_precision
 from paroattn.calibration.keep import check_density, check_reachable
-from paroattn.calibration.observation import Observation, size_of
+from paroattn.calibration.observation import Observation
 from paroattn.errors import InputError, PlanError
 from paroattn.integrations.apply import Handle, Observer, Report
 from paroattn.integrations.apply import apply as apply_plan
@@ -142,25 +141,28 @@ class SelfCalibratingHandle(Handle):
         grid = forward.grid
         if grid is None:
             return Dense("this request has tokens that are no single box of frames, height and width")
-        request = self._observed
-        if request is not None and request.thread is threading.current_thread():
+        request = self._own_request
+        if request is not None:
             if request.goes_on(forward, self._pipeline.scheduler):
                 return Dense(OBSERVED)
             self._finish(request)  # a host that does not call the pipeline has begun another generation
-        size = size_of(grid)
-        if size not in self._plans:
+        if grid.size not in self._plans:
             self._look_for(forward)
-        chosen = self._plans.get(size, Dense("another request is being observed"))
+        chosen = self._plans.get(grid.size, Dense("another request is being observed"))
         self.plan = chosen if isinstance(chosen, Plan) else None
-        if self._observed is not None and self._observed.thread is threading.current_thread():
-            return Dense(OBSERVED)
-        return chosen
+        return chosen if self._own_request is None else Dense(OBSERVED)
+
+    @property
+    def _own_request(self) -> _ObservedRequest | None:
+        """The request that is observed, if it is this thread's."""
+        request = self._observed
+        return request if request is not None and request.thread is threading.current_thread() else None
 
     def _look_for(self, forward: Forward) -> None:
         """Take a size's plan from the cache, or begin to observe."""
         grid = forward.grid
         assert grid is not None
-        size, name = size_of(grid), str(grid)
+        size, name = grid.size, str(grid)
         try:
             check_reachable(self._wish.density, grid)
         except PlanError as error:
@@ -179,23 +181,19 @@ class SelfCalibratingHandle(Handle):
         self._say(name, "being made; this request runs with the model's own attention")
 
     def _observer(self) -> Observer | None:
-        request = self._observed
-        return request.take if request is not None and request.thread is threading.current_thread() else None
+        request = self._own_request
+        return None if request is None else request.take
 
     def _after_call(self, succeeded: bool) -> None:
-        request = self._observed
-        if request is None or request.thread is not threading.current_thread():
-            return
-        if succeeded:
+        request = self._own_request
+        if request is not None:
+            request.is_complete &= succeeded
             self._finish(request)
-        else:
-            self._observed = None
-            self._say(str(request.grid), "not made: the request ended early; the next one will be observed")
 
     def _finish(self, request: _ObservedRequest) -> None:
         """Make the plan of a request that has ended, and keep it."""
         self._observed = None
-        size, name = size_of(request.grid), str(request.grid)
+        name = str(request.grid)
         if not request.is_complete:
             self._say(name, "not made: the request ended early; the next one will be observed")
             return
@@ -203,9 +201,8 @@ class SelfCalibratingHandle(Handle):
             self._say(name, "not made: no attention call of this size could be observed")
             return
         start = time.perf_counter()
-        device = request.device if request.device.type == "cuda" else torch.device("cpu")
-        plan = request.observation.plan(self._wish.density, self._wish.precision, device)
-        self._plans[size] = self.plan = plan
+        plan = request.observation.plan(self._wish.density, self._wish.precision, request.device)
+        self._plans[request.grid.size] = self.plan = plan
         seconds = time.perf_counter() - start
         try:
             kept = f"kept as {self._cache.put(plan, self._wish)}"
@@ -239,7 +236,7 @@ class _ObservedRequest:
     def goes_on(self, forward: Forward, scheduler: Any) -> bool:
         """Whether a forward call belongs to this generation; it is then followed."""
         assert forward.grid is not None
-        if size_of(forward.grid) != size_of(self.grid):
+        if forward.grid.size != self.grid.size:
             return False
         before, levels = self._schedule.step, self._schedule.levels
         self._schedule.follow(forward.descriptor, forward.timestep, scheduler)
