@@ -162,6 +162,8 @@ def checks() -> list[Check]:
         for part in ("costs", "errors"):
             name = f"skip {part}, D {head_dim}, {block_q} x 64"
             found.append(Check(name, partial(_skip_error, head_dim, block_q, part), 1e-3))
+        name = f"skip costs of some rows, D {head_dim}, {block_q} x 64: error over bound"
+        found.append(Check(name, partial(_rounding_over_bound, head_dim, block_q), 1.0))
     return found
 
 
@@ -219,3 +221,16 @@ def _skip_error(head_dim: int, block_q: int, part: str) -> float:
         for function in (calibration.skip_costs, skip_costs_of_heads)
     )
     return oracles.relative_error(getattr(found, part), getattr(expected, part))
+
+
+def _rounding_over_bound(head_dim: int, block_q: int) -> float:
+    """How far costs are off, over what rounding P to bfloat16 explains."""
+    tensors, order, scale = _head(head_dim)
+    tensors[2] = tensors[2] + 500  # what values have in common is nobody's cost, as long as all sums are of the same P
+    rows = torch.arange(16) * (block_q // 16) + 1
+    required = torch.zeros(block_count(_TOKENS, block_q), block_count(_TOKENS, BLOCK), dtype=torch.bool)
+    given = (*(x.unsqueeze(0) for x in tensors), [order], scale, required)
+    (found,) = calibration.skip_costs(*given, block_q=block_q, rows=rows, levels=())
+    norms, bounds = oracles.skip_costs(*(x.cpu() for x in tensors), order, scale, rows, block_q, rounding=2**-8)
+    off = ((found.costs.double().cpu() * len(rows) / block_q).sqrt() - norms).abs()
+    return float((off / (bounds + 1e-5 * norms.amax())).max())

@@ -90,6 +90,40 @@ def block_sums(q, k, order, scale=None):
     return sums
 
 
+def skip_costs(q, k, v, order, scale, rows, block_q, rounding):
+    """What skipping each block of a head changes in the output's given rows of each block of queries, L2 norm.
+
+    rows: int64 [r] of each block_q queries. Returns norms [2, q blocks, kv blocks], of blocks that are dropped or
+    approximated by their means, and by how much they may be off where each entry of P is off by a share of `rounding`.
+    """
+    q, k, v = (x[order].double() for x in (q, k, v))
+    blocks, of_rows = k.split(BLOCK), v.split(BLOCK)
+    p = (q @ k.mT * scale).softmax(-1).split(BLOCK, 1)
+    lse = (q @ k.mT * scale).logsumexp(-1)
+    output = sum(part @ values for part, values in zip(p, of_rows, strict=True))
+    # An entry of P moves what its block takes from the output by its value's distance from the output, and the output.
+    spreads = [
+        (part * (values.unsqueeze(0) - output.unsqueeze(1)).norm(dim=-1)).sum(1)
+        for part, values in zip(p, of_rows, strict=True)
+    ]
+    moved = rounding / (1 - rounding) * sum(spreads)
+    norms, bounds = [], []
+    looked_at = torch.zeros(-(-len(q) // block_q), block_q, dtype=torch.bool)
+    looked_at[:, rows] = True
+    looked_at = looked_at.flatten()[: len(q)]
+    for part, keys, values, spread in zip(p, blocks, of_rows, spreads, strict=True):
+        share = part.sum(1)
+        surrogate = len(keys) * (q @ keys.mean(0) * scale - lse).exp()
+        change = part @ values - share.unsqueeze(1) * output
+        residual = change - surrogate.unsqueeze(1) * (values.mean(0) - output)
+        bound = rounding * spread + (1 + rounding) * share * moved
+        columns = [change.norm(dim=1), residual.norm(dim=1), bound, bound + surrogate * moved]
+        in_blocks = [torch.stack([x.norm() for x in (c * looked_at).split(block_q)]) for c in columns]
+        norms.append(torch.stack(in_blocks[:2]))
+        bounds.append(torch.stack(in_blocks[2:]))
+    return torch.stack(norms, -1), torch.stack(bounds, -1)
+
+
 def relative_error(x, reference):
     """L2 norm of the difference over the norm of the reference."""
     return float((x.double() - reference.double()).norm() / reference.double().norm())

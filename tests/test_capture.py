@@ -58,7 +58,7 @@ def test_metrics_of_chosen_rows_look_at_those_rows_only():
 
 
 def test_row_share_draws_the_same_rows_for_the_same_seed_and_at_least_one():
-    grid = TokenGrid(8, 8, 8)
+    grid = TokenGrid(8, 16, 8)
 
     def drawn(share, seed):
         scores = OrderScores(1, 1, grid, AXIS_ORDERS, OrderCriterion(), share, seed)

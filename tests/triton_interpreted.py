@@ -291,7 +291,8 @@ def test_costs_and_errors_of_skipping_are_the_references(
     settings = {"block_q": block_q, "q_blocks": None if q_blocks is None else torch.tensor(q_blocks)}
     if rows_per_block < 64:
         settings |= {"rows": torch.arange(rows_per_block) * (block_q // rows_per_block) + 1, "levels": ()}
-    monkeypatch.setattr(calibration, "_MOST_ENTRIES", 2 * columns * tokens)  # two heads at once, then one
+    # Two heads at once, then one.
+    monkeypatch.setattr(calibration, "_MOST_ENTRIES", 2 * max(columns * rows * rows_per_block, tokens * head_dim))
     found = calibration.skip_costs(q, k, v, orders, 0.3, required, **settings)
     expected = skip_costs_of_heads(q, k, v, orders, 0.3, required, **settings)
     for own, of_reference in zip(found, expected, strict=True):
@@ -299,6 +300,33 @@ def test_costs_and_errors_of_skipping_are_the_references(
         torch.testing.assert_close(own.costs, of_reference.costs, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(own.errors, of_reference.errors, rtol=1e-3, atol=1e-6)
         assert own.norm == pytest.approx(of_reference.norm, rel=1e-5)
+
+
+def test_heads_may_have_several_orders():
+    q, k, v = torch.randn(3, 3, 200, 16, generator=torch.Generator().manual_seed(0))
+    orders, heads = list(permutations(4, 200)), [2, 0, 0, 1]
+    given = (0.3, torch.zeros(4, 4, dtype=torch.bool))
+    found = calibration.skip_costs(q, k, v, orders, *given, heads=heads)
+    for expected in (
+        skip_costs_of_heads(q, k, v, orders, *given, heads=heads),
+        skip_costs_of_heads(q[heads], k[heads], v[heads], orders, *given),
+    ):
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own.costs, other.costs, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(own.errors, other.errors, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_costs_alone_are_off_by_no_more_than_the_rounding_of_p(block_q):
+    q, k, v = torch.randn(3, 1, 333, 32, generator=torch.Generator().manual_seed(0)).half()
+    v += 500  # what values have in common is nobody's cost, as long as all sums are of the same P
+    (order,), rows = permutations(1, 333), torch.arange(16) * (block_q // 16) + 1
+    required = torch.zeros(-(-333 // block_q), 6, dtype=torch.bool)
+    settings = {"block_q": block_q, "rows": rows, "levels": ()}
+    (found,) = calibration.skip_costs(q, k, v, [order], 0.3, required, **settings)
+    norms, bounds = oracles.skip_costs(q[0], k[0], v[0], order, 0.3, rows, block_q, rounding=2**-11)
+    off = (found.costs.double() * len(rows) / block_q).sqrt() - norms
+    assert bool((off.abs() <= bounds + 1e-5 * norms.amax()).all())  # and of float32 sums
 
 
 def test_torch_accepts_the_operators():

@@ -225,7 +225,7 @@ _SKIP_COSTS = ("attend_rows", "block_costs", "kept_errors")  # calibration's ker
 # What the other kernels are compiled with: types of their pointers and constants.
 _FLOATS = ["k_mean_ptr", "v_mean_ptr", "v_scale_ptr", "q_factor_ptr", "lse_shift_ptr", "k_scale_ptr"]
 _FLOATS += ["values_scale_ptr", "partial_ptr", "surrogate_ptr", "mean_v_ptr", "start_ptr", "taken_ptr"]
-_FLOATS += ["costs_ptr", "errors_ptr", "output_ptr"]
+_FLOATS += ["parts_ptr", "errors_ptr", "output_ptr"]
 _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_ptr", "sums_ptr"]
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
 _INTEGERS += ["lists_ptr", "ends_ptr"]
@@ -252,9 +252,10 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pack_means": (prologue.pack_means, {"D": head_dim} | int8 | plain),
         "kept_lists": (prologue.kept_lists, {"COLUMNS": 512}),
         "schedule": (prologue.schedule, {"ROWS": 512, "TILE": 64, "SLOTS": 8}),
-        "attend_rows": (calibration.attend_rows, {"D": head_dim}),
-        "block_costs": (calibration.block_costs, {"D": head_dim, "GROUPS": 1}),
-        "block_costs, some rows": (calibration.block_costs, {"D": head_dim, "GROUPS": 4}),
+        "attend_rows": (calibration.attend_rows, {"D": head_dim, "ROUNDED": False}),
+        "attend_rows, rounded": (calibration.attend_rows, {"D": head_dim, "ROUNDED": True}),
+        "block_costs": (calibration.block_costs, {"D": head_dim, "ROUNDED": False}),
+        "block_costs, rounded": (calibration.block_costs, {"D": head_dim, "ROUNDED": True}),
         "kept_errors": (calibration.kept_errors, {"D": head_dim}),
         "row_lse": (calibration.row_lse, size),
         "block_sums": (calibration.block_sums, size),
@@ -308,7 +309,7 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         types = {key: value for key, value in _POINTERS.items() if key in function.arg_names and key not in constants}
         options = {"num_warps": 8 if kernel == "channel_statistics" else 4}
         if kernel.partition(",")[0] in _SKIP_COSTS:
-            options = configs.skip_cost_options(target, head_dim)
+            options = configs.skip_cost_options(target, head_dim, of_lists=kernel == "kept_errors")
         report = describe(compile_kernel(function, target, types, constants, **options))
         name, wrong = kernel, [f"{report.spills} spills"] if report.spills else []
         if report.shared > SHARED_MEMORY[target]:

@@ -21,7 +21,7 @@ from paroattn.grid import TokenGrid
 from paroattn.integrations.observe import ObservedCall
 from paroattn.order import token_order
 
-_FEWEST_ROWS = 4  # of blocks, where a share of them is looked at
+_FEWEST_ROWS = 8  # of blocks, where a share of them is looked at
 
 _CODES_PER_OCTAVE, _CODE_OF_TOP = 8, 160  # of costs that are kept in a byte
 
@@ -171,11 +171,14 @@ class OrderErrors(Accumulator):
         for sample in call.samples():
             required = text_blocks(sample.grid, self._block_q)
             settings = {"block_q": self._block_q, "q_blocks": self._q_blocks, "levels": self._levels}
-            for number, name in enumerate(self.order_names):
-                orders = [order_of(name, sample.grid)] * call.heads
-                for head, found in enumerate(skip_costs(*sample.heads(), orders, call.scale, required, **settings)):
-                    # A skipped block is dropped or approximated, whichever is better.
-                    self._errors[call.layer, head, number] += found.errors.amin(0) / max(found.norm, 1e-30)
+            orders = [order_of(name, sample.grid, call.query.device) for name in self.order_names]
+            heads = [head for head in range(call.heads) for _ in orders]
+            given = (*sample.heads(), orders * call.heads, call.scale, required)
+            # A skipped block is dropped or approximated, whichever is better.
+            errors = [
+                found.errors.amin(0) / max(found.norm, 1e-30) for found in skip_costs(*given, heads=heads, **settings)
+            ]
+            self._errors[call.layer] += torch.stack(errors).unflatten(0, (call.heads, -1))
 
     def choose(self) -> Tensor:
         """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over the levels.
@@ -307,7 +310,7 @@ class BlockCosts(Accumulator):
         """Take one attention call."""
         skip_costs = self._kernels_for(call.query.device).skip_costs
         for sample in call.samples():
-            orders = [order_of(name, sample.grid) for name in self._names[call.layer]]
+            orders = [order_of(name, sample.grid, call.query.device) for name in self._names[call.layer]]
             required = text_blocks(sample.grid, self._block_q)
             given = (*sample.heads(), orders, call.scale, required)
             if self._all_errors:
@@ -317,8 +320,9 @@ class BlockCosts(Accumulator):
                 costs = skip_costs(*given, block_q=self._block_q, rows=self._rows, levels=())
                 errors = skip_costs(*given, block_q=self._block_q, q_blocks=self._error_blocks)
                 scale = self._error_scale
-            for head, both in enumerate(zip(costs, errors, strict=True)):
-                self._add(*both, scale, (bucket, call.layer, head))
+            self._add(costs, bucket, call.layer)
+            self._errors[:, bucket, call.layer] += scale * torch.stack([own.errors for own in errors], 1)
+            self._norms[bucket, call.layer] += scale * torch.tensor([own.norm for own in errors], dtype=torch.float64)
             self._samples[bucket, call.layer] += 1
 
     def use_orders(self, layer: int, names: list[str]) -> None:
@@ -332,31 +336,17 @@ class BlockCosts(Accumulator):
         for tensor in (self._norms, self._samples):
             tensor[to, layer] = tensor[bucket, layer]
 
-    def _add(self, costs: SkipCosts, errors: SkipCosts, scale: float, place: tuple[int, int, int]) -> None:
+    def _add(self, found: Sequence[SkipCosts], bucket: int, layer: int) -> None:
+        """Take block sums and costs of the heads of a layer."""
         if self._block_sums is not None:
-            self._block_sums[place][self._visual] += costs.block_sums[self._visual].cpu()
-        kept, found = self._costs[(slice(None), *place)][self._visual], costs.costs[self._visual]
+            sums = torch.stack([head.block_sums[self._visual] for head in found])
+            self._block_sums[bucket, layer][self._visual] += sums.cpu()
+        kept = self._costs[:, bucket, layer][self._visual]
+        costs = torch.stack([head.costs[self._visual] for head in found], 1)  # [2, heads, q blocks, kv blocks]
         if self._tops is None:
-            kept += found.cpu()
+            kept += costs.cpu()
         else:
-            kept.copy_(self._codes_with(kept, found, place))
-        self._errors[(slice(None), *place)] += errors.errors * scale
-        self._norms[place] += errors.norm * scale
-
-    def _codes_with(self, codes: Tensor, costs: Tensor, place: tuple[int, int, int]) -> Tensor:
-        """Codes of a head's costs once more of them, on any device, are added.
-
-        Codes are logarithms relative to the largest cost of the head's first sample: from 20 octaves below it to 12
-        above. 0 is no cost.
-        """
-        assert self._tops is not None
-        before, largest = float(self._tops[place]), float(costs.amax())
-        self._tops[place] = before or largest
-        top = before or largest or 1.0
-        if before:
-            codes = codes.to(costs.device)
-            costs = costs + torch.where(codes > 0, ((codes.float() - _CODE_OF_TOP) / _CODES_PER_OCTAVE).exp2() * top, 0)
-        return (_CODE_OF_TOP + _CODES_PER_OCTAVE * (costs / top).log2()).round_().clamp_(0, 254).to(torch.uint8)
+            kept.copy_(_codes_with(kept, costs, self._tops[bucket, layer]))
 
     def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are
@@ -370,6 +360,21 @@ class BlockCosts(Accumulator):
             self._errors / samples.unsqueeze(-1),
             self._norms / samples,
         )
+
+
+def _codes_with(codes: Tensor, costs: Tensor, tops: Tensor) -> Tensor:
+    """Codes of heads' costs, uint8 [2, heads, q blocks, kv blocks], once more of them, on any device, are added.
+
+    Codes are logarithms relative to the largest cost of a head's first sample: from 20 octaves below it to 12 above. 0
+    is no cost. `tops` [heads] holds the largest costs, or zeros that are replaced by them.
+    """
+    is_first = not bool(tops.any())
+    tops.copy_(torch.where(tops > 0, tops, costs.amax((0, 2, 3)).cpu()))
+    top = torch.where(tops > 0, tops, 1.0).to(costs.device).view(-1, 1, 1)
+    if not is_first:
+        codes = codes.to(costs.device)
+        costs = costs + torch.where(codes > 0, ((codes.float() - _CODE_OF_TOP) / _CODES_PER_OCTAVE).exp2() * top, 0)
+    return (_CODE_OF_TOP + _CODES_PER_OCTAVE * (costs / top).log2()).round_().clamp_(0, 254).to(torch.uint8)
 
 
 def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tensor:
@@ -387,6 +392,6 @@ def _rows_of_a_block(block_q: int, share: float, seed: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def order_of(name: str, grid: TokenGrid) -> Tensor:
-    """`token_order`, kept: calls of one model ask for the same ones again and again."""
-    return token_order(name, grid)
+def order_of(name: str, grid: TokenGrid, device: torch.device = torch.device("cpu")) -> Tensor:
+    """`token_order` on a device, kept: calls of one model ask for the same ones again and again."""
+    return token_order(name, grid).to(device)

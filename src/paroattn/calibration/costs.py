@@ -117,14 +117,17 @@ def skip_costs(
 
 
 def block_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean key and mean value of each kv block, of k, v [..., N, D]: [..., kv blocks, D], and the blocks' numbers of
-    tokens, float32 [kv blocks, 1].
+    """Mean key and mean value of each kv block, of k, v [..., N, D]: float32 [..., kv blocks, D]; and the numbers of
+    tokens of the blocks, float32 [kv blocks, 1].
     """
     tokens = k.shape[-2]
     blocks = block_count(tokens, BLOCK)
     count = torch.full((blocks, 1), float(BLOCK), device=k.device, dtype=torch.float32)
     count[-1] = tokens - BLOCK * (blocks - 1)
-    sums = (pad(x, (0, 0, 0, blocks * BLOCK - tokens)).unflatten(-2, (blocks, BLOCK)).sum(-2) for x in (k, v))
+    sums = (
+        pad(x, (0, 0, 0, blocks * BLOCK - tokens)).unflatten(-2, (blocks, BLOCK)).sum(-2, dtype=torch.float32)
+        for x in (k, v)
+    )
     mean_k, mean_v = (total / count for total in sums)
     return mean_k, mean_v, count
 

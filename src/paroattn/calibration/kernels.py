@@ -15,28 +15,38 @@ from paroattn.calibration.statistics import block_sums
 
 
 def skip_costs_of_heads(
-    q: Tensor, k: Tensor, v: Tensor, orders: Sequence[Tensor], scale: float, required: Tensor, **settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    orders: Sequence[Tensor],
+    scale: float,
+    required: Tensor,
+    *,
+    heads: Sequence[int] | None = None,
+    **settings: Any,
 ) -> list[SkipCosts]:
-    """`skip_costs` of several heads, each in its own order.
+    """`skip_costs` of several heads, each in its own order or in several.
 
     On a CPU one thread takes one head at a time: many small operations in a row are faster so than each of them spread
     over all threads, above all when something else runs beside them.
 
     Args:
         q, k, v: [H, N, D] in the model's order.
-        orders: gather indices [N], one per head.
+        orders: gather indices [N].
+        heads: number of the head that each order is for; default: one order per head.
         scale, required, settings: as `skip_costs`.
     """
+    heads = range(len(q)) if heads is None else heads
 
-    def of_head(head: int) -> SkipCosts:
-        return skip_costs(q[head], k[head], v[head], orders[head], scale, required, **settings)
+    def in_order(head: int, order: Tensor) -> SkipCosts:
+        return skip_costs(q[head], k[head], v[head], order, scale, required, **settings)
 
     threads = torch.get_num_threads()
     if q.device.type != "cpu" or threads == 1:
-        return [of_head(head) for head in range(len(q))]
+        return list(map(in_order, heads, orders))
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(of_head, range(len(q))))
+            return list(pool.map(in_order, heads, orders))
     finally:
         torch.set_num_threads(threads)
 

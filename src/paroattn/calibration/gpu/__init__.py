@@ -20,7 +20,7 @@ from paroattn.calibration.kernels import Kernels
 from paroattn.ops.gpu.configs import skip_cost_options
 from paroattn.ops.gpu.device import check_device, on_device_of, target_here
 
-_MOST_ENTRIES = 2**28  # of kv blocks x rows, in float32, of the heads that are looked at at once
+_MOST_ENTRIES = 2**27  # of a tensor [heads, ...]: so many heads are looked at at once
 
 
 def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> Tensor:
@@ -74,12 +74,13 @@ def skip_costs(
     scale: float,
     required: Tensor,
     *,
+    heads: Sequence[int] | None = None,
     block_q: int = BLOCK,
     q_blocks: Tensor | None = None,
     rows: Tensor | None = None,
     levels: Sequence[float] = LEVELS,
 ) -> list[SkipCosts]:
-    """Costs and errors of skipping blocks, of heads [H, N, D] on a GPU, each in an order of its own.
+    """Costs and errors of skipping blocks, of heads [H, N, D] on a GPU in given orders.
 
     Args: as `paroattn.calibration.kernels.skip_costs_of_heads`; 16-bit tensors are multiplied as they are. The
         costliest blocks of a level are those of all rows that are looked at. `rows` of a block are 8, 16, 32 or
@@ -90,13 +91,15 @@ def skip_costs(
         q_blocks = torch.arange(block_count(q.shape[1], block_q))
     if rows is None:
         rows = torch.arange(block_q)
-    at_once = max(1, _MOST_ENTRIES // (block_count(q.shape[1], BLOCK) * len(q_blocks) * len(rows)))
+    entries = max(block_count(q.shape[1], BLOCK) * len(q_blocks) * len(rows), math.prod(k.shape[1:]))
+    at_once = max(1, _MOST_ENTRIES // entries)
     found: list[SkipCosts] = []
     with on_device_of(q):
-        for first in range(0, len(q), at_once):
+        head_of = torch.tensor(range(len(q)) if heads is None else heads, device=q.device)
+        for first in range(0, len(orders), at_once):
             own = slice(first, first + at_once)
             index = torch.stack(list(orders[own])).to(q.device, torch.int64)
-            found += _skip_costs(q[own], k[own], v[own], index, scale, required, block_q, q_blocks, rows, levels)
+            found += _skip_costs(q, k, v, head_of[own], index, scale, required, block_q, q_blocks, rows, levels)
     return found
 
 
@@ -104,6 +107,7 @@ def _skip_costs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    head_of: Tensor,
     orders: Tensor,
     scale: float,
     required: Tensor,
@@ -114,20 +118,17 @@ def _skip_costs(
 ) -> list[SkipCosts]:
     from paroattn.calibration.gpu import kernels
 
-    device, (heads, tokens, head_dim) = q.device, q.shape
+    device, heads, (tokens, head_dim) = q.device, len(orders), q.shape[1:]
     width = 64 if head_dim <= 64 else 128
     columns = block_count(tokens, BLOCK)
-    # A q block's rows fill tiles of 64, or a part of one.
-    per_block, groups = max(1, len(looked_at) // BLOCK), max(1, BLOCK // len(looked_at))
     stands_for = block_q / len(looked_at)
     index = (q_blocks.unsqueeze(-1) * block_q + looked_at).flatten()
     index = index[index < tokens].to(device)
     rows, tiles = len(index), block_count(len(q_blocks) * len(looked_at), BLOCK)
     q, k, v = (
-        x.detach().gather(1, which.unsqueeze(-1).expand(-1, -1, head_dim))
-        for x, which in ((q, orders[:, index]), (k, orders), (v, orders))
+        x.detach()[head_of.unsqueeze(1), which] for x, which in ((q, orders[:, index]), (k, orders), (v, orders))
     )
-    mean_k, mean_v, count = block_means(k.float(), v.float())
+    mean_k, mean_v, count = block_means(k, v)
     logits = mean_k @ q.float().mT * scale + count.log()
     q, k, v, mean_v = (
         pad(x, (0, width - head_dim, 0, length - x.shape[1]))
@@ -138,6 +139,8 @@ def _skip_costs(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     constants = {"D": width, **skip_cost_options(target_here(device), width)}
+    # Costs rank blocks, for which a P of 16 bits will do; of what is left in the end at high densities it would not.
+    constants["ROUNDED"] = q.dtype != torch.float32 and not len(levels)
     lse, output = new(heads, tiles * BLOCK), new(heads, tiles * BLOCK, width)
     kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, scale, tokens, rows, **constants)
 
@@ -145,16 +148,17 @@ def _skip_costs(
     surrogate[..., :rows] = torch.exp2(logits.div_(math.log(2)) - lse[:, None, :rows])
     of_heads = (q, k, v, lse, output, surrogate, mean_v)
 
-    sums, costs = new(heads, tiles * groups, columns), new(heads, tiles * groups, 2, columns)
-    kernels.block_costs[(tiles, heads)](*of_heads, sums, costs, scale, tokens, GROUPS=groups, **constants)
-    sums, costs = (x.unflatten(1, (-1, per_block)).sum(2)[:, : len(q_blocks)] * stands_for for x in (sums, costs))
-    costs = costs.permute(2, 0, 1, 3)  # [2, heads, q blocks, kv blocks]
+    parts = new(heads, columns, 3, tiles * BLOCK)
+    kernels.block_costs[(tiles, heads)](*of_heads, parts, scale, tokens, **constants)
+    parts = parts.unflatten(-1, (-1, len(looked_at))).sum(-1)[..., : len(q_blocks)] * stands_for
+    parts = parts.permute(2, 0, 3, 1)  # [3, heads, q blocks, kv blocks]
+    sums, costs = parts[0], parts[1:]
     norms = output.square().sum((1, 2)) * stands_for
     errors = torch.zeros(2, heads, 0, dtype=torch.float64, device=device)
     if len(levels):
-        errors = _errors(of_heads, costs, levels, required[q_blocks].to(device), scale, tokens, rows, constants)
-    parts = (sums, costs.transpose(0, 1), errors.transpose(0, 1).cpu(), norms.tolist())
-    return [SkipCosts(*own) for own in zip(*parts, strict=True)]
+        errors = _errors(of_heads, costs, levels, required[q_blocks].to(device), scale, tokens, rows)
+    found = (sums, costs.transpose(0, 1), errors.transpose(0, 1).cpu(), norms.tolist())
+    return [SkipCosts(*own) for own in zip(*found, strict=True)]
 
 
 def _errors(
@@ -165,7 +169,6 @@ def _errors(
     scale: float,
     tokens: int,
     rows: int,
-    constants: dict[str, int],
 ) -> Tensor:
     """Errors of `SkipCosts`, float64 [2, heads, levels]; costs [2, heads, q blocks, kv blocks]."""
     from paroattn.calibration.gpu import kernels
@@ -184,6 +187,8 @@ def _errors(
     errors = torch.empty((2, heads, tiles, columns), dtype=torch.float32, device=costs.device)
     everything = (surrogate.mT @ mean_v, surrogate.sum(1))
     ends = kept[..., -1].int()
+    width = mean_v.shape[-1]
+    constants = {"D": width, **skip_cost_options(target_here(costs.device), width, of_lists=True)}
     kernels.kept_errors[(tiles, heads, 2)](
         *of_heads, *everything, lists, ends, wanted, errors, scale, tokens, rows, per_block, **constants
     )

@@ -71,13 +71,20 @@ def _logits(q, k_ptr, block, tokens, scale, D: tl.constexpr):
 
 
 @triton.jit
-def _part(p, v_ptr, block, D: tl.constexpr):
-    """P V of a kv block, [64, D] float32; 16-bit values are multiplied by P in two parts of 16 bits."""
-    v = _tile(v_ptr, block, D)
+def _rounded(p, v_ptr, ROUNDED: tl.constexpr):
+    """P as it is multiplied: in the values' format, if that is asked for."""
+    return p.to(v_ptr.dtype.element_ty).to(tl.float32) if ROUNDED else p
+
+
+@triton.jit
+def _weighted(p, v, ROUNDED: tl.constexpr):
+    """P V, float32; 16-bit values are multiplied by P in two parts of 16 bits, or by a rounded P in one."""
+    high = p.to(v.dtype)
     if v.dtype == tl.float32:
         return tl.dot(p, v, input_precision="ieee")
+    elif ROUNDED:
+        return tl.dot(high, v)
     else:
-        high = p.to(v.dtype)
         low = (p - high.to(tl.float32)).to(v.dtype)
         return tl.dot(high, v, tl.dot(low, v))  # in the other order registers would spill on sm90
 
@@ -97,7 +104,7 @@ def _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D: tl.constexpr):
 
 
 @triton.jit
-def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D: tl.constexpr):
+def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D: tl.constexpr, ROUNDED: tl.constexpr):
     """Log2 of the rows' sums of 2^logit, and their output; grid (tiles of 64 rows, heads).
 
     lse float32 [heads, tiles * 64], output float32 [heads, tiles * 64, D].
@@ -106,63 +113,70 @@ def attend_rows(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, scale, tokens, rows, D
     row = tl.program_id(0) * BLOCK_KV + tl.arange(0, BLOCK_KV)
     q = _tile(q_ptr, tl.program_id(0), D)
     maximum = tl.full([BLOCK_KV], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_KV], tl.float32)
+    total, weights = tl.zeros([BLOCK_KV], tl.float32), tl.zeros([BLOCK_KV], tl.float32)
     acc = tl.zeros([BLOCK_KV, D], tl.float32)
     for block in range(0, tl.cdiv(tokens, BLOCK_KV)):
         s = _logits(q, k_ptr, block, tokens, scale, D)
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         p = tl.math.exp2(s - new_maximum[:, None])
-        weight = tl.math.exp2(maximum - new_maximum)
-        total = total * weight + tl.sum(p, 1)
-        acc = acc * weight[:, None] + _part(p, v_ptr, block, D)
+        moved = tl.math.exp2(maximum - new_maximum)
+        total = total * moved + tl.sum(p, 1)
+        # The output is a mean of values: it is divided by what they were multiplied by.
+        weights = weights * moved + tl.sum(_rounded(p, v_ptr, ROUNDED), 1)
+        acc = acc * moved[:, None] + _weighted(p, _tile(v_ptr, block, D), ROUNDED)
         maximum = new_maximum
     exists = row < rows
     tl.store(lse_ptr + row, tl.where(exists, maximum + tl.math.log2(total), float("inf")))
-    output = tl.where(exists[:, None], acc / total[:, None], 0.0)
+    output = tl.where(exists[:, None], acc / weights[:, None], 0.0)
     tl.store(output_ptr + row[:, None] * D + tl.arange(0, D)[None, :], output)
 
 
 @triton.jit
-def _of_groups(x, GROUPS: tl.constexpr):
-    """Sums [groups] of x [64, D]."""
-    if GROUPS == 1:  # over rows first, registers would spill on sm90
-        return tl.full([1], 0.0, tl.float32) + tl.sum(x)
-    else:
-        return tl.sum(tl.reshape(tl.sum(x, 1), (GROUPS, BLOCK_KV // GROUPS)), 1)
+def _costs(p, share, surrogate, output, v_ptr, mean_v_ptr, block, channel, D: tl.constexpr, ROUNDED: tl.constexpr):
+    """Squares of what a kv block takes from some channels of each row's output, dropped and approximated."""
+    row = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    v = tl.load(v_ptr + row[:, None] * D + channel[None, :])
+    change = _weighted(p, v, ROUNDED) - share[:, None] * output
+    mean_v = tl.load(mean_v_ptr + block * D + channel)
+    residual = change - surrogate[:, None] * (mean_v[None, :] - output)
+    return tl.sum(change * change, 1), tl.sum(residual * residual, 1)
 
 
 @triton.jit
 def block_costs(
-    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, sums_ptr, costs_ptr, scale, tokens,
-    D: tl.constexpr, GROUPS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, surrogate_ptr, mean_v_ptr, parts_ptr, scale, tokens,
+    D: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Sums of P and costs of skipping each kv block, for each group of rows in a tile; grid (tiles, heads).
+    """Each row's part of the sums of P and of the costs of skipping each kv block; grid (tiles, heads).
 
-    surrogate float32 [heads, kv blocks, tiles * 64], mean_v float32 [heads, kv blocks, D]; sums float32 [heads, tiles *
-    groups, kv blocks], costs [heads, tiles * groups, 2 ways, kv blocks].
+    surrogate float32 [heads, kv blocks, tiles * 64], mean_v float32 [heads, kv blocks, D]; parts float32 [heads, kv
+    blocks, 3, tiles * 64]: sums of P, then squares of both ways. Sums over rows would keep warps waiting, and all
+    channels at once take more registers than there are.
     """
     q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr = _head(q_ptr, k_ptr, v_ptr, lse_ptr, output_ptr, tokens, D)
-    tile, tiles, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    tile, padded, head = tl.program_id(0), tl.num_programs(0) * BLOCK_KV, tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(tokens, BLOCK_KV)
-    surrogate_ptr += head * blocks * tiles * BLOCK_KV
+    surrogate_ptr += head * blocks * padded
+    parts_ptr += head * blocks * padded * 3
     mean_v_ptr += head * blocks * D
-    row, channel = tile * BLOCK_KV + tl.arange(0, BLOCK_KV), tl.arange(0, D)
+    row, low = tile * BLOCK_KV + tl.arange(0, BLOCK_KV), tl.arange(0, D // 2)
+    high = low + D // 2
     q = _tile(q_ptr, tl.program_id(0), D)
     lse = tl.load(lse_ptr + row)
-    output = tl.load(output_ptr + row[:, None] * D + channel[None, :])
-    group = tl.arange(0, GROUPS)
-    sums_ptr += ((head * tiles + tile) * GROUPS + group) * blocks
-    costs_ptr += ((head * tiles + tile) * GROUPS + group) * 2 * blocks
+    output_low = tl.load(output_ptr + row[:, None] * D + low[None, :])
+    output_high = tl.load(output_ptr + row[:, None] * D + high[None, :])
     for block in range(0, blocks):
-        p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
+        p = _rounded(tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None]), v_ptr, ROUNDED)
         share = tl.sum(p, 1)
-        change = _part(p, v_ptr, block, D) - share[:, None] * output
-        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row)
-        mean_v = tl.load(mean_v_ptr + block * D + channel)
-        residual = change - surrogate[:, None] * (mean_v[None, :] - output)
-        tl.store(sums_ptr + block, _of_groups(p, GROUPS))
-        tl.store(costs_ptr + block, _of_groups(change * change, GROUPS))
-        tl.store(costs_ptr + blocks + block, _of_groups(residual * residual, GROUPS))
+        surrogate = tl.load(surrogate_ptr + block * padded + row)
+        dropped, approximated = _costs(p, share, surrogate, output_low, v_ptr, mean_v_ptr, block, low, D, ROUNDED)
+        more_dropped, more_approximated = _costs(
+            p, share, surrogate, output_high, v_ptr, mean_v_ptr, block, high, D, ROUNDED
+        )
+        part_ptr = parts_ptr + block * 3 * padded + row
+        tl.store(part_ptr, share)
+        tl.store(part_ptr + padded, dropped + more_dropped)
+        tl.store(part_ptr + 2 * padded, approximated + more_approximated)
 
 
 @triton.jit
@@ -201,7 +215,7 @@ def kept_errors(
         p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
         surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row) * approximated
         mean_v = tl.load(mean_v_ptr + block * D + channel)
-        part = _part(p, v_ptr, block, D)
+        part = _weighted(p, _tile(v_ptr, block, D), False)
         acc += part - surrogate[:, None] * mean_v[None, :]
         total += tl.sum(p, 1) - surrogate
         if tl.load(wanted_ptr + list_row + number) != 0:
