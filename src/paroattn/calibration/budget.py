@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.costs import COMPENSATE, DROP, LEVELS
-from paroattn.calibration.keep import check_density, check_reachable, keep_best, least_density
+from paroattn.calibration.keep import check_density, check_reachable, keep_counts, least_density
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
@@ -145,20 +145,14 @@ def select_by_cost(
     required = text_blocks(statistics.grid, statistics.block_q)
     where = torch.device(device if torch.device(device).type == "cuda" else "cpu")
     masks, required_there = MaskTable((*compensate.shape, *required.shape)), required.to(where)
-    owed = 0.0  # blocks times share of all calls that rounding to whole blocks has left to spend
-    shares, blocks = statistics.shares, required.numel()
     sparse = ~selection.fixed(statistics)
     compensate &= sparse  # where nothing is skipped there is nothing to approximate
-    for bucket, layer, head in sparse.nonzero().tolist():
-        place = (bucket, layer, head)
-        share, wanted = float(shares[place]), float(densities[place]) * blocks
-        rounded = min(max(round(wanted + owed / share), 0), blocks)
-        score = _score(statistics, selection, place, bool(compensate[place])).to(where)
-        mask = keep_best(score, rounded / blocks, required_there)
-        kept = int(mask.sum())
-        owed += (wanted - kept) * share
-        masks.put(place, mask)
-        compensate[place] &= kept < blocks
+    counts = _whole_blocks(densities, statistics.shares, sparse, required)
+    for bucket, layer in sparse.any(-1).nonzero().tolist():
+        place = (bucket, layer, sparse[bucket, layer].nonzero().flatten())
+        score = _scores(statistics, selection, *place, compensate[place]).to(where)
+        masks.put(bucket, layer, place[2].tolist(), keep_counts(score, counts[place], required_there))
+    compensate &= counts < required.numel()
     precisions, index = mixed_precision(parsed, statistics.int4_effects, int8_share)
     if selection.dense_layers and parsed != Precision():
         index[: selection.dense_layers] = len(precisions)
@@ -180,13 +174,28 @@ def select_by_cost(
     )
 
 
-def _score(statistics: CostStatistics, selection: Selection, place: tuple[int, ...], compensated: bool) -> Tensor:
-    """What the blocks of a head are ranked by, [q blocks, kv blocks]."""
+def _whole_blocks(densities: Tensor, shares: Tensor, sparse: Tensor, required: Tensor) -> Tensor:
+    """How many blocks each head keeps, int64 like densities: what rounding one leaves to spend goes to the next."""
+    counts = torch.full(densities.shape, required.numel())
+    least = int(required.sum()) + int((~required.any(1)).sum())  # and one block of each row
+    owed = 0.0  # blocks times share of all calls
+    for place in map(tuple, sparse.nonzero().tolist()):
+        share, wanted = float(shares[place]), float(densities[place]) * required.numel()
+        kept = min(max(round(wanted + owed / share), least), required.numel())
+        owed += (wanted - kept) * share
+        counts[place] = kept
+    return counts
+
+
+def _scores(
+    statistics: CostStatistics, selection: Selection, bucket: int, layer: int, heads: Tensor, compensated: Tensor
+) -> Tensor:
+    """What the blocks of some heads are ranked by, [heads, q blocks, kv blocks]."""
     if selection.score == "cost":
-        return statistics.costs[(COMPENSATE if compensated else DROP, *place)]
+        return statistics.costs[torch.where(compensated, COMPENSATE, DROP), bucket, layer, heads]
     if statistics.block_sums is None:
         raise InputError("score 'block sum' needs statistics with block sums; collect them with block_sums=True")
-    return statistics.block_sums[place]
+    return statistics.block_sums[bucket, layer, heads]
 
 
 def mixed_precision(

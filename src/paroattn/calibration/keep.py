@@ -33,26 +33,53 @@ def keep_best(score: Tensor, density: float, required: Tensor) -> Tensor:
         tensor([[ True, False],
                 [ True,  True]])
     """
-    forced = _forced(score, required).flatten()
-    wanted = max(round(density * score.numel()), int(forced.sum()))
+    together = score.reshape(1, -1, score.shape[-1])
+    rows = required.expand(score.shape).reshape(together.shape[1:])
+    return keep_counts(together, torch.tensor([round(density * score.numel())]), rows).view_as(score)
+
+
+def keep_counts(score: Tensor, counts: Tensor, required: Tensor) -> Tensor:
+    """`keep_best` of each head apart, of which so many blocks are kept.
+
+    Args:
+        score: [heads, q blocks, kv blocks].
+        counts: int64 [heads].
+        required: as `keep_best`.
+
+    Example:
+        >>> score = torch.tensor([[[9.0, 1.0], [5.0, 6.0]], [[1.0, 2.0], [4.0, 3.0]]])
+        >>> keep_counts(score, torch.tensor([3, 2]), torch.zeros(2, 2, dtype=torch.bool)).int().tolist()
+        [[[1, 0], [1, 1]], [[0, 1], [1, 0]]]
+    """
+    forced = _forced(score, required).flatten(1)
+    wanted = counts.to(score.device).maximum(forced.sum(1))
     if score.dtype in _COUNTED:  # a positive bfloat16 number's bits, read as an integer, are in the numbers' order
-        whole = score.flatten().view(torch.int16) if score.dtype == torch.bfloat16 else score.flatten()
+        whole = score.flatten(1).view(torch.int16) if score.dtype == torch.bfloat16 else score.flatten(1)
         most = _COUNTED[score.dtype]
         return _largest(whole.masked_fill(forced, most), wanted, most).view_as(score)
     kept = torch.zeros_like(forced)
-    kept[score.flatten().masked_fill(forced, torch.inf).topk(wanted).indices] = True
+    for head, count in enumerate(wanted.tolist()):
+        kept[head, score[head].flatten().masked_fill(forced[head], torch.inf).topk(count).indices] = True
     return kept.view_as(score)
 
 
 _COUNTED = {torch.bfloat16: 2**15 - 1, torch.uint8: 255}  # and an integer above what scores of the dtype hold
 
 
-def _largest(numbers: Tensor, count: int, most: int) -> Tensor:
-    """Where the `count` largest of integers in [0, most] are, of equal ones the first; much faster than sorting."""
-    at_least = torch.bincount(numbers, minlength=most + 1).flip(0).cumsum(0).flip(0)  # how many are >= each number
-    threshold = int((at_least >= count).sum()) - 1
-    kept = numbers > threshold
-    kept[(numbers == threshold).nonzero().flatten()[: count - int(kept.sum())]] = True
+def _largest(numbers: Tensor, counts: Tensor, most: int) -> Tensor:
+    """Where the largest of each head's integers in [0, most] are, of equal ones the first; faster than sorting."""
+    heads, kinds = len(numbers), most + 2
+    shifted = numbers + torch.arange(0, heads * kinds, kinds, device=numbers.device, dtype=torch.int32).unsqueeze(1)
+    found = torch.bincount(shifted.flatten(), minlength=heads * kinds).view(heads, kinds)
+    at_least = found.flip(1).cumsum(1).flip(1)  # how many are >= each number
+    threshold = (at_least >= counts.unsqueeze(1)).sum(1, keepdim=True) - 1
+    limit = threshold.to(numbers.dtype)
+    kept = numbers > limit
+    head, place = (numbers == limit).nonzero().unbind(1)
+    equal = found.gather(1, threshold).flatten()  # of each head, among which they are numbered
+    number = torch.arange(len(head), device=head.device) - (equal.cumsum(0) - equal)[head]
+    chosen = number < (counts - at_least.gather(1, threshold + 1).flatten())[head]
+    kept[head[chosen], place[chosen]] = True
     return kept
 
 

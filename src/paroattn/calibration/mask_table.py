@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class MaskTable:
 
     Example:
         >>> table = MaskTable((1, 1, 3, 2, 2))
-        >>> table.put((0, 0, 2), torch.eye(2, dtype=torch.bool))
+        >>> table.put(0, 0, [2], torch.eye(2, dtype=torch.bool).unsqueeze(0))
         >>> bits, index = table.packed()
         >>> bits.shape, index
         (torch.Size([2, 2, 1]), tensor([[[0, 0, 1]]], dtype=torch.int32))
@@ -32,22 +32,24 @@ class MaskTable:
     def __init__(self, shape: tuple[int, ...]):
         self._index = torch.zeros(shape[:3], dtype=torch.int32)
         self._numbers: dict[bytes, int] = {}
-        everything = torch.ones(shape[3:], dtype=torch.bool)
+        everything = pack_bits(torch.ones(shape[3:], dtype=torch.bool))
         # Rows that are never filled take no memory.
-        self._table = torch.empty(1 + self._index.numel(), *pack_bits(everything).shape, dtype=torch.uint8)
+        self._table = torch.empty(1 + self._index.numel(), *everything.shape, dtype=torch.uint8)
         self._number_of(everything)
 
     @classmethod
     def of(cls, masks: Tensor) -> MaskTable:
         """The table of bool masks [buckets, layers, heads, q blocks, kv blocks]."""
         table = cls(tuple(masks.shape))
-        for place in torch.cartesian_prod(*(torch.arange(size) for size in masks.shape[:3])).tolist():
-            table.put(tuple(place), masks[tuple(place)])
+        for bucket, layers in enumerate(masks):
+            for layer, own in enumerate(layers):
+                table.put(bucket, layer, range(len(own)), own)
         return table
 
-    def put(self, place: tuple[int, ...], mask: Tensor) -> None:
-        """Use `mask`, bool [q blocks, kv blocks], for one step bucket, layer and head."""
-        self._index[place] = self._number_of(mask)
+    def put(self, bucket: int, layer: int, heads: Sequence[int], masks: Tensor) -> None:
+        """Use masks, bool [heads, q blocks, kv blocks] on any device, for some heads of a step bucket and layer."""
+        for head, bits in zip(heads, pack_bits(masks).cpu(), strict=True):
+            self._index[bucket, layer, head] = self._number_of(bits)
 
     def take_from(self, buckets: Tensor) -> None:
         """Take the masks of a layer from other step buckets, int64 [buckets, layers]."""
@@ -60,8 +62,7 @@ class MaskTable:
         table = self._table[first : last + 1]  # without a copy, which may take gigabytes
         return table if len(used) == last + 1 - first else table[used.long() - first], index.to(torch.int32)
 
-    def _number_of(self, mask: Tensor) -> int:
-        bits = pack_bits(mask).cpu()
+    def _number_of(self, bits: Tensor) -> int:
         key = hashlib.sha256(bits.contiguous().numpy().data).digest()
         if key not in self._numbers:
             number = len(self._numbers)
