@@ -12,7 +12,7 @@ import torch
 
 import paroattn
 from paroattn import InputError, PlanError, TokenGrid
-from paroattn.calibration.observation import Observation, early_weights
+from paroattn.calibration.observation import Observation, early_weights, head_weights
 from paroattn.calibration.self_calibrating import OBSERVED
 from paroattn.integrations.apply import UNSEEN
 from paroattn.integrations.observe import ObservedCall
@@ -238,7 +238,7 @@ def observed_call(layer, step, schedule, seed=0):
 def test_buckets_before_orders_are_known_take_the_costs_of_the_next_one(pipe):
     schedule = tuple(1 - step / 10 for step in range(10))
     identity = Pipeline(pipe).identity
-    observation = Observation(identity, TokenGrid(4, 6, 8), schedule, 8.0)
+    observation = Observation(identity, TokenGrid(4, 6, 8), schedule, 8.0, [None, None])
     for step in range(10):
         for layer in range(2) if step < 6 else (1,):  # the first layer is called in the first six steps only
             observation.add(observed_call(layer, step, schedule))
@@ -251,11 +251,51 @@ def test_buckets_before_orders_are_known_take_the_costs_of_the_next_one(pipe):
     assert not torch.equal(costs[:, 1], costs[:, 2])
     assert plan.usage.tolist() == [[1.0, 1.0]] * 6 + [[0.0, 1.0]] * 4
     assert plan.density() == pytest.approx(0.5, abs=0.02)
-    again = Observation(identity, TokenGrid(4, 6, 8), schedule, 8.0)
+    again = Observation(identity, TokenGrid(4, 6, 8), schedule, 8.0, [None, None])
     for step in range(10):
         for layer in range(2):
             again.add(replace(observed_call(layer, step, schedule), layer=layer))
     assert not torch.equal(again.plan(0.5, paroattn.Precision(), torch.device("cpu")).mask_table, plan.mask_table)
+
+
+def test_heads_weigh_as_much_as_their_layers_projection_makes_of_them():
+    linear = torch.nn.Linear(96, 40)
+    with torch.no_grad():
+        linear.weight[:, :24] *= 5
+        linear.bias += 100  # does not depend on the heads
+    norms = linear.weight.detach().unflatten(1, (4, 24)).square().sum((0, 2)).double()
+    found = head_weights(linear, torch.zeros(4, 24))
+    assert torch.allclose(found / found.mean(), norms / norms.mean(), rtol=0.15)  # 64 random directions of 24
+
+
+def test_layers_without_a_projection_weigh_as_much_as_the_others_on_average(pipe):
+    schedule = tuple(1 - step / 4 for step in range(4))
+    twice = torch.nn.Linear(48, 48, bias=False)
+    with torch.no_grad():
+        twice.weight.copy_(torch.diag(torch.tensor([1.0, 2.0]).repeat_interleave(24)))
+    observation = Observation(Pipeline(pipe).identity, TokenGrid(4, 6, 8), schedule, 8.0, [twice, None])
+    for step in range(4):
+        for layer in range(2):
+            observation.add(observed_call(layer, step, schedule))
+    weights = observation.statistics().weights
+    assert torch.allclose(weights[:, 0, 1], 4 * weights[:, 0, 0])
+    assert torch.allclose(weights[:, 1], weights[:, 0].mean(1, keepdim=True).expand(-1, 2))
+    early = early_weights(torch.tensor(schedule, dtype=torch.float64))
+    assert torch.allclose(weights[:, 0, 0] / weights[-1, 0, 0], early / early[-1])
+
+
+def test_projections_of_a_pipeline_weigh_its_heads(pipe, tmp_path, monkeypatch):
+    matrix = pipe.transformer.blocks[1].attn1.to_out[0].weight
+    with torch.no_grad():
+        matrix[:, : matrix.shape[1] // 2] *= 3  # the first of two heads
+    found, make = [], Observation.plan
+    monkeypatch.setattr(Observation, "plan", lambda own, *given: (found.append(own), make(own, *given))[1])
+    with paroattn.apply(pipe, cache=tmp_path, **SETTINGS):
+        tiny.latents(pipe)
+    weights = found[0].statistics().weights[-1]
+    ratios = weights[:, 0] / weights[:, 1]
+    assert 0.7 < ratios[0] < 1.4
+    assert 6 < ratios[1] < 13
 
 
 def test_early_errors_count_more():

@@ -1,11 +1,13 @@
 """What one generation tells of a pipeline's attention, and the plan that it makes: no other generation is needed.
 
 Token orders are compared in an early step of each transformer, costs of blocks are measured in one later step of each
-step bucket. What errors do to the final result is not measured but taken from models that were (docs/fidelity.md).
+step bucket. What errors do to the final result is not measured: that of a step is taken from models that were, that of
+a head from what its layer's output projection makes of it (docs/fidelity.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import torch
@@ -25,6 +27,7 @@ from paroattn.quantize import Precision
 
 _ORDER_SHARE = 0.25  # of the steps, in the last of which orders are compared: the later, the better they are chosen
 _MOST_BUCKETS = 10
+_PROBES = 64  # random inputs of an output projection
 _EARLY_WEIGHT, _EARLY_LEVEL, _EARLY_WIDTH = 2.5, 0.9, 0.02  # see `early_weights`
 
 
@@ -35,13 +38,21 @@ class Observation:
         model, grid: of the pipeline.
         schedule: noise level of each step, descending.
         memory_gb: as in `paroattn.calibrate`.
+        projections: of the outputs of each layer's heads, None for layers that have none of their own.
 
     Raises:
         InputError: statistics that fit neither in memory nor on the disk.
     """
 
-    def __init__(self, model: ModelIdentity, grid: TokenGrid, schedule: tuple[float, ...], memory_gb: float):
-        self._model, self._grid, self._schedule = model, grid, schedule
+    def __init__(
+        self,
+        model: ModelIdentity,
+        grid: TokenGrid,
+        schedule: tuple[float, ...],
+        memory_gb: float,
+        projections: Sequence[Callable[[Tensor], Tensor] | None],
+    ):
+        self._model, self._grid, self._schedule, self._projections = model, grid, schedule, projections
         steps = len(schedule)
         self._edges = bucket_edges_by_change([1.0] * (steps - 1), _MOST_BUCKETS)
         self._buckets = [bucket_of(self._edges, step, steps) for step in range(steps)]
@@ -59,6 +70,7 @@ class Observation:
         )  # fmt: skip
         self._calls: dict[int, set[int]] = {}  # steps in which each layer was called
         self._measured: set[tuple[int, int]] = set()  # (bucket, layer)
+        self._head_weights: dict[int, Tensor] = {}  # of each layer that has a projection
 
     def add(self, call: ObservedCall) -> None:
         """Take one attention call; of each step and layer the first one counts."""
@@ -73,6 +85,9 @@ class Observation:
                 self._orders.add(call)
             self._index[call.layer] = self._orders.choose()[call.layer]
             self._costs.use_orders(call.layer, [self._names[number] for number in self._index[call.layer].tolist()])
+            projection = self._projections[call.layer]
+            if projection is not None:
+                self._head_weights[call.layer] = head_weights(projection, call.query[0, 0])
         bucket = self._buckets[call.step]
         middle = self._buckets.index(bucket) + (self._buckets.count(bucket) - 1) // 2
         if since >= self._order_step and call.step >= middle and (bucket, call.layer) not in self._measured:
@@ -98,6 +113,11 @@ class Observation:
         levels = torch.tensor(self._schedule, dtype=torch.float64)
         of_bucket = torch.tensor(self._buckets)
         mean_level = torch.stack([levels[of_bucket == bucket].mean() for bucket in range(len(self._edges))])
+        known = list(self._head_weights.values())
+        usual = torch.stack(known).mean() if known else torch.tensor(1.0, dtype=torch.float64)
+        of_heads = torch.stack(
+            [self._head_weights.get(layer, usual.expand(norms.shape[2])) for layer in range(norms.shape[1])]
+        )
         return CostStatistics(
             model=self._model,
             grid=self._grid,
@@ -110,7 +130,7 @@ class Observation:
             costs=costs,
             errors=errors,
             norms=norms,
-            weights=early_weights(mean_level).view(-1, 1, 1).expand(norms.shape),
+            weights=early_weights(mean_level).view(-1, 1, 1) * of_heads,
             int4_effects=torch.zeros_like(norms[0]),
             usage=usage_of(called, self._edges, len(self._schedule), self._model.layers),
             provenance={
@@ -127,6 +147,31 @@ class Observation:
             for bucket in range(len(self._edges)) if measured else ():
                 if bucket not in measured:
                     self._costs.copy(min(measured, key=lambda own: (abs(own - bucket), own)), bucket, layer)
+
+
+@torch.no_grad()
+def head_weights(projection: Callable[[Tensor], Tensor], heads: Tensor) -> Tensor:
+    """What an output projection makes of the squared error of each head's output, on average over its directions.
+
+    The module is called, so that whatever it is made of counts: adapters, quantised weights.
+
+    Args:
+        projection: takes [..., H * D].
+        heads: a token's heads [H, D], for their shape, dtype and device.
+
+    Returns:
+        float64 [H]: the squared Frobenius norm of each head's part, up to a factor, measured on random inputs.
+
+    Example:
+        >>> head_weights(lambda x: x * torch.tensor([1.0, 1.0, 2.0, 2.0]), torch.zeros(2, 2)).round(decimals=3)
+        tensor([2.1640, 8.6560], dtype=torch.float64)
+    """
+    count, width = heads.shape
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(_PROBES, 1, width, generator=generator)
+    inputs = (torch.eye(count).unsqueeze(-1).unsqueeze(1) * drawn).flatten(2)  # [H, probes, H * D]
+    moved = projection(inputs.to(heads)) - projection(torch.zeros_like(inputs[:1, :1]).to(heads))  # without its bias
+    return moved.double().square().sum(-1).mean(1).cpu()
 
 
 def early_weights(level: Tensor) -> Tensor:

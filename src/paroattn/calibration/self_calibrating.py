@@ -17,6 +17,7 @@ from paroattn.errors import InputError, PlanError
 from paroattn.integrations.apply import Handle, Observer, Report
 from paroattn.integrations.apply import apply as apply_plan
 from paroattn.integrations.attach import Forward
+from paroattn.integrations.descriptors import output_projection
 from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
@@ -231,7 +232,8 @@ class _ObservedRequest:
         self._schedule = Schedule()
         self._schedule.follow(forward.descriptor, forward.timestep, pipeline.scheduler)
         self.is_complete = self._schedule.num_steps == 1
-        self.observation = Observation(pipeline.identity, self.grid, self._schedule.levels, memory_gb)
+        projections = [output_projection(module) for layers in pipeline.layers for module in layers]
+        self.observation = Observation(pipeline.identity, self.grid, self._schedule.levels, memory_gb, projections)
 
     def goes_on(self, forward: Forward, scheduler: Any) -> bool:
         """Whether a forward call belongs to this generation; it is then followed."""

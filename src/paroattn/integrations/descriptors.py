@@ -154,3 +154,9 @@ def attention_modules(transformer: nn.Module) -> list[Any]:
             if match:
                 found.append((rank, int(match.group(1)), module))
     return [module for _, _, module in sorted(found, key=lambda item: item[:2])]
+
+
+def output_projection(attention: Any) -> Any:
+    """The module that the heads of a self-attention module go through, or None if a block's other channels do, too."""
+    projections = getattr(attention, "to_out", None)
+    return None if projections is None else projections[0]
