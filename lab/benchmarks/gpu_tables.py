@@ -41,20 +41,20 @@ def gpu_attention_table(records: list[dict]) -> list[str]:
 
 
 def sampling_table(records: list[dict]) -> list[str]:
-    """PSNR and seconds of thorough and quick calibrations by model and density, with the paired loss."""
+    """PSNR and seconds of plans made in several ways by model and density, with the paired loss."""
     rows = []
     for record in records:
-        label = "thorough" if record["thorough"] else f"quick, seed {record['seed']}"
-        loss = "" if record["thorough"] else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}"
+        way = record["way"]
+        loss = "" if way == "thorough" else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}"
         cells = (f"{record['psnr']:.2f}", loss, f"{record['seconds']:.1f}")
-        rows.append((record["model"], label, f"{record['density']:g}", *cells))
+        rows.append((record["model"], way, f"{record['density']:g}", *cells))
     first = records[0]
     heads = ("model", "calibration", "density", "PSNR (dB)", "to the thorough one", "seconds")
     return [
         *table(heads, rows),
         "",
         f"Mean over {first['pairs']} prompt/seed pairs; difference with the standard error of the paired differences. "
-        f"{surroundings(first)}.",
+        f"Beside a request, seconds are those that it took longer. {surroundings(first)}.",
     ]
 
 
@@ -68,19 +68,28 @@ def model_calibration_table(records: list[dict]) -> list[str]:
             str(record["steps"]),
             *(f"{record['seconds'][name]:.0f}" for name in names),
             f"{record['seconds']['generation']:.1f}",
+            _compiled(record),
             f"{record['peak_gib']:.0f}",
+            f"{record['host_gb']:.1f}",
             _observed(record),
         )
         for record in records
     ]
-    heads = ("model", "layers", "steps", *names.values(), "one generation", "peak GiB on the GPU")
-    heads += ("request that is observed, and a dense one",)
+    heads = ("model", "layers", "steps", *names.values(), "one generation", "50 steps, compiled")
+    heads += ("peak GiB on the GPU", "GB on the host", "request that is observed, and a dense one")
     return [
         *table(heads, rows),
         "",
-        "Seconds; one prompt with guidance, random weights, not compiled; one generation has as many steps. "
+        "Seconds, kernels compiled first included; one prompt with guidance, random weights, models not compiled where "
+        "it does not say so; one generation has as many steps. "
         f"{surroundings(records[0])}.",
     ]
+
+
+def _compiled(record: dict) -> str:
+    """Seconds of a generation of 50 steps with the model's own attention, compiled."""
+    seconds = record["seconds"].get("compiled generation")
+    return "" if seconds is None else f"{seconds / record['steps'] * 50:.0f}"
 
 
 def _observed(record: dict) -> str:

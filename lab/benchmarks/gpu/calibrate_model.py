@@ -1,7 +1,7 @@
 """Calibration of a model at full size with random weights and few layers and steps: how long each part takes.
 
 python lab/benchmarks/gpu/calibrate_model.py [--preset wan-2.1-1.3b-480p] [--layers 2] [--steps 4]
-    [--observed-steps 10] [--output FILE.jsonl]
+    [--observed-steps 10] [--compiled] [--output FILE.jsonl]
 
 Random weights make attention without structure: the plan is of no use, its making takes as long as a real one's.
 """
@@ -27,6 +27,7 @@ from paroattn.calibration import calibrate as parts
 from paroattn.integrations.clock import now
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+_USUAL_STEPS = 50  # of a generation that a calibration is compared with
 
 
 def pipeline(preset: str, layers: int) -> tuple[Any, dict[str, Any]]:
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--observed-steps", type=int, help="also time a request of so many steps that is observed")
+    parser.add_argument("--compiled", action="store_true", help="also time a generation of the compiled transformer")
     parser.add_argument("--output", type=Path, help="write the record to this file")
     arguments = parser.parse_args()
     preset = arguments.preset or "wan-2.1-1.3b-480p"
@@ -97,6 +99,14 @@ def main() -> None:
             timed(seconds, "observed request"),
         ):
             pipe(**request)
+    with paroattn.apply(pipe, plan, strict=True), timed(seconds, "planned generation"):
+        pipe(**call, num_inference_steps=arguments.steps, output_type="latent")
+    if arguments.compiled:
+        for block in getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks:
+            block.compile()  # one graph serves all of them, so that it takes seconds
+        pipe(**call, num_inference_steps=1, output_type="latent")
+        with timed(seconds, "compiled generation"):
+            pipe(**call, num_inference_steps=arguments.steps, output_type="latent")
     heads = plan.model.heads * arguments.layers * arguments.steps * 2
     seconds["costs"] = seconds["calibration"] - seconds["orders"] - seconds["effects"]
     record = {
@@ -118,9 +128,9 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"  {name:18} {value:8.2f} s")
     print(f"  costs per head and call {record['costs_ms_per_head']:.2f} ms; peak {record['peak_gib']:.1f} GiB")
-    with paroattn.apply(pipe, plan, strict=True), timed(seconds, "planned generation"):
-        pipe(**call, num_inference_steps=arguments.steps, output_type="latent")
-    print(f"  planned generation {seconds['planned generation']:8.2f} s")
+    if arguments.compiled:
+        usual = seconds["compiled generation"] / arguments.steps * _USUAL_STEPS
+        print(f"  a compiled generation of {_USUAL_STEPS} steps takes {usual:.1f} s")
     if arguments.output:
         write_records([record], arguments.output)
 

@@ -1,18 +1,21 @@
-"""What calibration loses by looking at a part of a pipeline's attention, on the bundled video models.
+"""What plans lose on the bundled video models that are made of a part of attention, or beside one request.
 
 python lab/benchmarks/gpu/sampling.py [--output FILE.jsonl]
 
-PSNR of each model's evaluation pairs with plans of a quick calibration, paired with those of a thorough one.
+PSNR of each model's evaluation pairs, paired with that of plans from a thorough calibration.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from paroattn_lab.models.bundled import VIDEO, VIDEO_LARGE, load_bundled
+from paroattn_lab.models.bundled import VIDEO, VIDEO_LARGE, BundledModel, load_bundled
 from paroattn_lab.quality.metrics import compare, standard_error
 from paroattn_lab.records import environment, write_records
 
@@ -20,9 +23,37 @@ import paroattn
 from paroattn.calibration.budget import select_by_cost
 from paroattn.calibration.calibrate import collect_costs
 from paroattn.integrations.clock import now
+from paroattn.plan import Plan
 
 DENSITIES = (0.3, 0.2)
 SEEDS = (0, 1, 2)  # of the quick calibrations
+
+Plans = Callable[[float], Plan]
+
+
+def ways(model: BundledModel, device: torch.device) -> Iterator[tuple[str, float, Plans]]:
+    """How plans are made, the seconds that it took and the plans by density; a thorough calibration comes first."""
+    prompts = [model.call_arguments(prompt) for prompt in model.calibration_prompts]
+    settings: dict[str, dict[str, Any]] = {"thorough": {"thorough": True}}
+    settings |= {f"quick, seed {seed}": {"seed": seed} for seed in SEEDS}
+    for name, how in settings.items():
+        start = now(device)
+        costs = collect_costs(model.pipe, prompts, densities=DENSITIES, progress=False, **how)
+        yield name, now(device) - start, lambda density, costs=costs: select_by_cost(costs, density=density)
+    for number, prompt in enumerate(model.calibration_prompts):
+        start = now(device)
+        model.generate(prompt, number)
+        dense = now(device) - start
+        plans = {}
+        start = now(device)
+        for density in DENSITIES:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                paroattn.apply(model.pipe, density=density, cache=folder, progress=False) as handle,
+            ):
+                model.generate(prompt, number)
+                plans[density] = handle.plan
+        yield f"beside a request, prompt {number}", (now(device) - start) / len(DENSITIES) - dense, plans.__getitem__
 
 
 def main() -> None:
@@ -34,14 +65,10 @@ def main() -> None:
     for name in (VIDEO, VIDEO_LARGE):
         model = load_bundled(name, device=str(device))
         references = [model.generate(*pair) for pair in model.evaluation_pairs]
-        prompts = [model.call_arguments(prompt) for prompt in model.calibration_prompts]
         thorough: dict[float, list[float]] = {}
-        for how in ({"thorough": True}, *({"seed": seed} for seed in SEEDS)):
-            start = now(device)
-            costs = collect_costs(model.pipe, prompts, densities=DENSITIES, progress=False, **how)
-            seconds = now(device) - start
+        for way, seconds, plan_of in ways(model, device):
             for density in DENSITIES:
-                with paroattn.apply(model.pipe, select_by_cost(costs, density=density), strict=True):
+                with paroattn.apply(model.pipe, plan_of(density), strict=True):
                     made = [model.generate(*pair) for pair in model.evaluation_pairs]
                 found = [compare(one, other).psnr for one, other in zip(made, references, strict=True)]
                 thorough.setdefault(density, found)
@@ -49,8 +76,7 @@ def main() -> None:
                 record = {
                     "kind": "calibration sampling",
                     "model": name,
-                    "thorough": "thorough" in how,
-                    "seed": how.get("seed", 0),
+                    "way": way,
                     "density": density,
                     "psnr": statistics.fmean(found),
                     "gain": statistics.fmean(gains),
@@ -60,7 +86,7 @@ def main() -> None:
                     **environment(device),
                 }
                 records.append(record)
-                print(f"{name} {how} {density}: {record['psnr']:.2f} dB ({record['gain']:+.2f}), {seconds:.1f} s")
+                print(f"{name}, {way}, {density}: {record['psnr']:.2f} dB ({record['gain']:+.2f}), {seconds:.1f} s")
     if arguments.output:
         write_records(records, arguments.output)
 
