@@ -17,6 +17,7 @@ from paroattn.calibration.budget import CostStatistics, Selection, interpolate, 
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.checkpoint import remove_work
 from paroattn.calibration.density_search import Goal, reach
+from paroattn.calibration.forecast import Forecast
 from paroattn.calibration.keep import check_density, least_density
 from paroattn.calibration.run import (
     QUICK,
@@ -212,7 +213,8 @@ def collect_costs(
     run = CalibrationRun(pipe, prompts, densities, seed, call_arguments, progress, checkpoint, sampling.samples)
     identity = run.identity
     shape = (identity.layers, identity.heads)
-    names, chosen, changes = _choose_orders(run, sampling, order_names, step_buckets, block_q, seed, memory_gb * 1e9)
+    memory = memory_gb * 1e9
+    names, chosen, changes = _choose_orders(run, sampling, order_names, step_buckets, block_q, seed, memory, effects)
     guard = math.ceil(dense_steps * run.num_steps - 1e-9)
     edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
 
@@ -220,7 +222,7 @@ def collect_costs(
         arguments: dict[str, Any] = {"block_sums": block_sums, "kernels_for": calibration_kernels, "seed": seed}
         arguments |= {"row_share": sampling.cost_rows, "error_share": sampling.error_rows}
         arguments |= {"in_bytes": sampling.costs_in_bytes}
-        new_zeros = functools.partial(run.checkpoint.zeros, memory=memory_gb * 1e9)
+        new_zeros = functools.partial(run.checkpoint.zeros, memory=memory)
         return (BlockCosts(len(edges), names, chosen, run.grid, block_q, new_zeros=new_zeros, **arguments),)
 
     looked_at = run.steps_of(edges, sampling.cost_steps)
@@ -275,6 +277,7 @@ def _choose_orders(
     block_q: int,
     seed: int,
     memory: float,
+    effects: bool,
 ) -> tuple[tuple[str, ...], Tensor, list[float]]:
     """Names of the orders in use, the index of each head's, and how attention changes from step to step.
 
@@ -300,12 +303,15 @@ def _choose_orders(
         errors, change = accumulators
         change.add(call)
         if len(errors.order_names) > 1 and call.step in order_steps(call.num_steps):
-            errors.add(call)
+            with forecast.comparing(errors.work):
+                errors.add(call)
 
     def last_step(num_steps: int) -> int:
         return num_steps if num_steps > step_buckets else max(order_steps(num_steps))
 
-    errors, change = run.measure("orders", "calibration 1/4, token orders", make, compare, last_step)
+    forecast = Forecast(run, sampling, order_steps, step_buckets, effects)
+    description = "calibration 1/4, token orders"
+    errors, change = run.measure("orders", description, make, compare, last_step, forecast.follow)
     used, index = torch.unique(errors.choose(), return_inverse=True)
     changes = change.changes() if run.num_steps > step_buckets else [1.0] * (run.num_steps - 1)
     return tuple(errors.order_names[number] for number in used.tolist()), index.to(torch.uint8), changes

@@ -163,6 +163,7 @@ class OrderErrors(Accumulator):
         self._kernels_for = kernels_for
         self._block_q = block_q
         self._q_blocks = _drawn_rows(grid, block_q, row_share, seed)
+        self._rows_of_blocks = block_count(grid.tokens, block_q)
         self._errors = torch.zeros(layers, heads, len(order_names), len(levels), dtype=torch.float64)
 
     def add(self, call: ObservedCall) -> None:
@@ -179,6 +180,12 @@ class OrderErrors(Accumulator):
                 found.errors.amin(0) / max(found.norm, 1e-30) for found in skip_costs(*given, heads=heads, **settings)
             ]
             self._errors[call.layer] += torch.stack(errors).unflatten(0, (call.heads, -1))
+
+    @property
+    def work(self) -> float:
+        """What a call takes over its attention: outputs and costs, then errors of both ways, at rows in each order."""
+        share = len(self._q_blocks) / self._rows_of_blocks
+        return len(self.order_names) * share * 2 * (1 + max(self._levels))
 
     def choose(self) -> Tensor:
         """The order of each head, uint8 [layers, heads]: the least geometric mean of its errors over the levels.

@@ -118,6 +118,7 @@ class CalibrationRun:
         grid: the token grid, known once something was generated; its text tokens are the first prompt's.
         schedule: noise levels of the denoising steps of a generation, known then, too.
         seconds: that each part took so far.
+        forwards: calls of transformers so far, while measuring.
     """
 
     grid: TokenGrid
@@ -150,6 +151,7 @@ class CalibrationRun:
         self._progress = progress
         self._samples = samples
         self.seconds: dict[str, float] = {}
+        self.forwards = 0
         self._recording = Recording(self.pipeline)
         self._called: set[tuple[int, int]] = set()  # (denoising step, layer)
 
@@ -184,6 +186,7 @@ class CalibrationRun:
         make: Callable[[], Accumulators],
         take: Callable[[Accumulators, ObservedCall], None],
         last_step: Callable[[int], int] | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
         record: bool = False,
     ) -> Accumulators:
         """Generate from all prompts and add up their attention calls; from those that are not done, if some are.
@@ -194,6 +197,7 @@ class CalibrationRun:
             make: the accumulators; called when the grid and the number of steps are known.
             take: adds a call to them.
             last_step: the last step that is looked at, of so many; generations are then broken off. None for all.
+            on_step: called with each step that begins, also with that at which a generation is broken off.
             record: keep the first prompt's generation, which `recorded` then returns.
         """
         found: list[Accumulators] = []
@@ -218,6 +222,7 @@ class CalibrationRun:
             def follow(schedule: Schedule) -> None:
                 self._check_schedule(schedule)
                 self._recording.follow(schedule.step)
+                on_step(schedule.step)
                 if last_step is not None and schedule.step > last_step(schedule.num_steps):
                     raise _BrokenOffError
                 bar.set_postfix_str(f"step {schedule.step + 1}/{schedule.num_steps}")
@@ -282,6 +287,7 @@ class CalibrationRun:
         for density in self._densities:
             check_reachable(density, known)
         self.grid = known
+        self.forwards += 1
 
     def _check_schedule(self, schedule: Schedule) -> None:
         known: tuple[float, ...] = getattr(self, "schedule", schedule.levels)
@@ -324,12 +330,16 @@ class CalibrationRun:
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
+    def say(self, line: str) -> None:
+        """A line on stderr, beside the bars."""
+        if self._progress:
+            tqdm.write(line, file=sys.stderr)
+
     def say_where_time_went(self) -> None:
         """One line on stderr, longest part first."""
-        if self._progress:
-            parts = sorted(self.seconds.items(), key=lambda item: -item[1])
-            listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
-            tqdm.write(f"calibration measured for {sum(self.seconds.values()):.1f} s: {listed}", file=sys.stderr)
+        parts = sorted(self.seconds.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
+        self.say(f"calibration measured for {sum(self.seconds.values()):.1f} s: {listed}")
 
     def provenance(self, method: str, prompt_texts: Sequence[str] | None) -> dict[str, Any]:
         """What a plan records of every calibration; `prompt_texts` replace the prompts where those are embeddings."""
