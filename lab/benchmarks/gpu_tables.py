@@ -70,7 +70,7 @@ def model_calibration_table(records: list[dict]) -> list[str]:
             f"{record['seconds']['generation']:.1f}",
             _compiled(record),
             f"{record['peak_gib']:.0f}",
-            f"{record['host_gb']:.1f}",
+            f"{record['host_gb']:.1f}" if "host_gb" in record else "",
             _observed(record),
         )
         for record in records
