@@ -12,9 +12,10 @@ import paroattn
 from paroattn.errors import MissingPartError, require
 
 SOURCE = Path(paroattn.__file__).parent
-COLUMN = (
-    "errors files grid block_mask order quantize plan plan_facts plan_cache ops runner integrations calibration cli".split()  # noqa: SIM905, E501
-)
+COLUMN = """
+errors files grid block_mask order quantize mask_coding plan_file plan_header plan plan_facts plan_cache ops runner
+integrations calibration cli
+""".split()  # noqa: SIM905
 
 
 def module_name(path):
