@@ -80,6 +80,18 @@ def test_header_that_is_no_object(tmp_path, header):
     refused(tmp_path / "plan")
 
 
+def test_a_header_is_read_up_to_a_mebibyte(tmp_path):
+    forge(tmp_path / "plan")
+    content = (tmp_path / "plan").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for new in (2**20, 2**20 + 8):
+        padded = content[8 : 8 + length] + b" " * (new - length) + content[8 + length :]
+        (tmp_path / "plan").write_bytes(new.to_bytes(8, "little") + padded)
+        if new == 2**20:
+            Plan.load(tmp_path / "plan")
+    assert "has a header of 1,048,584 bytes; expected at most 1,048,576" in refused(tmp_path / "plan")
+
+
 def test_every_truncation_and_every_flipped_byte(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     small_plan().save(good)

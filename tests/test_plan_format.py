@@ -110,9 +110,10 @@ def test_files_do_not_depend_on_how_the_table_is_numbered(tmp_path):
     plan.save(tmp_path / "one")
     turned = replace(
         plan,
-        mask_table=torch.cat((plan.mask_table[[2, 0]], plan.mask_table)),  # two that nothing uses
-        mask_index=plan.mask_index + 2,
+        mask_table=torch.cat((plan.mask_table[[2, 0]], plan.mask_table.flip(0))),  # the first two are not used
+        mask_index=4 - plan.mask_index,
     )
+    assert torch.equal(masks_of(turned), masks_of(plan))
     turned.save(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert len(Plan.load(tmp_path / "two").mask_table) == 3

@@ -220,8 +220,5 @@ def _in_parallel(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> li
     threads = min(torch.get_num_threads(), _THREADS, len(items))
     if threads < 2:
         return [work(item) for item in items]
-    pool = ThreadPoolExecutor(threads)
-    try:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))
-    finally:
-        pool.shutdown(cancel_futures=True)
