@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def test_a_wrong_stack_ends_decoding(monkeypatch):
         decoded.append(number)
         if number == 0:
             raise PlanError("wrong")
+        time.sleep(0.01)
 
     monkeypatch.setattr(MaskRules, "check_one", check_one)
     before = torch.get_num_threads()
@@ -144,4 +146,4 @@ def test_a_wrong_stack_ends_decoding(monkeypatch):
             decode_masks(stacks, data, rules)
     finally:
         torch.set_num_threads(before)
-    assert len(decoded) < 250
+    assert len(decoded) < 100

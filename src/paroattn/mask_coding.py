@@ -50,6 +50,7 @@ class MaskRules:
         self.row_bytes = -(-self.columns // 8)
         visual_rows, visual_columns = visual_blocks(grid, block_q, block_kv)
         text = torch.arange(self.columns) >= visual_columns.stop
+        self._row_starts = np.arange(self.rows) * self.row_bytes
         self._text_start = visual_rows.stop, visual_columns.stop // 8  # of rows of blocks, and of bytes of a row
         self._text_row = pack_bits(torch.ones(self.columns, dtype=torch.bool)).numpy()
         self._text_bytes = pack_bits(text).numpy()[self._text_start[1] :]
@@ -68,7 +69,7 @@ class MaskRules:
         """Raise `PlanError` unless a mask, uint8 [q blocks, row bytes], obeys; `number` is for the message."""
         if self.columns % 8 and (mask[:, -1] >> (self.columns % 8)).any():
             raise PlanError(f"mask {number} has bits beyond its {self.columns} kv blocks; expected zeros there")
-        kept = mask.max(-1)
+        kept = np.bitwise_or.reduceat(mask.reshape(-1), self._row_starts)  # a fifth of the time of mask.any(-1)
         if not kept.all():
             raise PlanError(f"mask {number} keeps no block in row {int(kept.argmin())}; every row needs one")
         row, byte = self._text_start
@@ -157,21 +158,21 @@ def decode_masks(stacks: Tensor, data: Tensor, rules: MaskRules) -> Tensor:
     frames = data.numpy().data
     size = (starts[-1][0], rules.rows, rules.row_bytes)
     try:
-        table = torch.empty(size, dtype=torch.uint8)  # takes no memory until it is filled
-    except RuntimeError as error:
+        table = np.empty(size, np.uint8)  # takes no memory until it is filled, then in large pages, unlike torch.empty
+    except MemoryError as error:
         raise PlanError(f"there is no memory for its masks, {math.prod(size) / 1e9:.1f} GB") from error
 
     def decode(number: int) -> None:
         (first, _, start), (end, _, stop) = starts[number : number + 2]
         try:
-            _decode(frames[start:stop], int(stacks[number, 1]), rules, table[first:end].numpy())
+            _decode(frames[start:stop], int(stacks[number, 1]), rules, table[first:end])
         except (zstandard.ZstdError, PlanError) as error:
             raise PlanError(f"stack {number} of masks cannot be decoded: {error}") from error
         for mask in range(first, end):
-            rules.check_one(table[mask].numpy(), mask)
+            rules.check_one(table[mask], mask)
 
     _in_parallel(decode, range(len(stacks)))
-    return table
+    return torch.from_numpy(table)
 
 
 def _decode(frame: memoryview, patterns: int, rules: MaskRules, masks: np.ndarray) -> None:
@@ -185,16 +186,18 @@ def _decode(frame: memoryview, patterns: int, rules: MaskRules, masks: np.ndarra
     _fill(reader, palette[:patterns].view(np.uint8))
     halves = [_pair_table((palette >> shift).astype(np.uint8)) for shift in range(0, len(masks), 8)]
     strip = np.empty((max(1, _STRIP_BYTES // width), width), np.uint8)
+    kept = np.empty(strip.size, np.uint8)
     for row in range(0, rules.rows, len(strip)):
-        pixels = strip[: rules.rows - row]
-        _fill(reader, pixels.reshape(-1))
+        part = strip[: rules.rows - row]
+        pixels, bits = part.reshape(-1), kept[: part.size]
+        _fill(reader, pixels)
         if int(pixels.max()) >= patterns:
             raise PlanError(f"a pixel is {int(pixels.max())}; expected less than its {patterns} patterns")
         for number, mask in enumerate(masks):
             if number % 8 == 0:
-                kept_by = np.take(halves[number // 8], pixels.reshape(-1).view(np.uint16), mode="clip").view(np.uint8)
-            bits = np.packbits(kept_by & np.uint8(1 << number % 8), bitorder="little")
-            mask[row : row + len(pixels)] = bits.reshape(len(pixels), -1)
+                kept_by = np.take(halves[number // 8], pixels.view(np.uint16)).view(np.uint8)
+            np.bitwise_and(kept_by, np.uint8(1 << number % 8), out=bits)
+            mask[row : row + len(part)] = np.packbits(bits, bitorder="little").reshape(len(part), -1)
 
 
 def _pair_table(palette: np.ndarray) -> np.ndarray:
