@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -175,3 +176,25 @@ def test_a_provenance_too_large_for_a_header_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
     small_plan(provenance={"prompts": ["[{" * 200, "é" * 100_000]}).save(tmp_path / "plan")
     assert len(Plan.load(tmp_path / "plan").provenance["prompts"][0]) == 400
+
+
+def test_what_is_too_large_to_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("paroattn.plan_file.MASK_GIGABYTES", 8e-9)
+    with pytest.raises(
+        PlanError, match=r"its 3 masks of 3 x 1 bytes take 0\.0 GB; expected at most .* fewer step buckets"
+    ):
+        small_plan().save(tmp_path / "plan")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PlanError, match="nested 65 deep; expected at most 64"):
+        small_plan(provenance={"deep": json.loads("[" * 63 + "]" * 63)}).save(tmp_path / "plan")
+
+
+def test_plans_are_saved_and_loaded_without_pickle(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("pickled")
+
+    for name in ("Pickler", "Unpickler", "dump", "dumps", "load", "loads"):
+        monkeypatch.setattr(pickle, name, refuse)
+    small_plan().save(tmp_path / "plan")
+    for path in (tmp_path / "plan", VERSION_0):
+        Plan.load(path)

@@ -195,7 +195,7 @@ class Plan:
         Masks are written in the order in which layers, heads and step buckets use them, without those that none uses.
 
         Raises:
-            PlanError: a provenance too large for the file's header.
+            PlanError: masks or a provenance too large for a file (docs/plan-format.md), or too deeply nested.
             OSError: the file cannot be written.
         """
         write_plan_file(path, header_of(self), {name: getattr(self, name) for name in _TENSOR_DTYPES})

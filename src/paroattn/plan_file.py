@@ -45,7 +45,7 @@ def write_plan_file(path: str | os.PathLike[str], header: Mapping[str, Any], ten
         tensors: of the plan, "mask_table" and "mask_index" as the plan has them.
 
     Raises:
-        PlanError: a header that is too large or too deeply nested for a file.
+        PlanError: masks or a header too large for a file, or a header too deeply nested.
     """
     text = json.dumps({"version": FORMAT_VERSION, **header}, sort_keys=True)
     length = len(json.dumps(text)) + _TENSOR_LIST_BYTES  # as a string within safetensors' own header
@@ -54,6 +54,7 @@ def write_plan_file(path: str | os.PathLike[str], header: Mapping[str, Any], ten
             f"the plan's header takes {length:,} bytes; expected at most {HEADER_BYTES:,}. Shorten its provenance"
         )
     _check_nesting(text)
+    _check_memory(*tensors["mask_table"].shape)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "mask_table"}
     kept.update(encode_masks(tensors["mask_table"], tensors["mask_index"]))
     kept[_DIGEST] = torch.frombuffer(bytearray(_digest(text.encode(), kept)), dtype=torch.uint8)
@@ -98,7 +99,7 @@ class PlanFile:
             raise PlanError("the content does not match its checksum: the file was changed after it was written")
         stacks, data, index = tensors.pop("mask_stacks"), tensors.pop("mask_data"), tensors["mask_index"]
         masks = int(index.max()) + 1
-        _check_memory(masks, rules)
+        _check_memory(masks, rules.rows, rules.row_bytes)
         check_stacks(stacks, len(data), masks)
         return {**tensors, "mask_table": decode_masks(stacks, data, rules)}
 
@@ -200,12 +201,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_memory(masks: int, rules: MaskRules) -> None:
-    needed = masks * rules.rows * rules.row_bytes
+def _check_memory(masks: int, rows: int, row_bytes: int) -> None:
+    needed = masks * rows * row_bytes
     if needed > MASK_GIGABYTES * 1e9:
         raise PlanError(
-            f"its {masks:,} masks of {rules.rows} x {rules.columns} blocks take {needed / 1e9:.1f} GB; expected at "
-            f"most {MASK_GIGABYTES} GB"
+            f"its {masks:,} masks of {rows:,} x {row_bytes:,} bytes take {needed / 1e9:.1f} GB; expected at most "
+            f"{MASK_GIGABYTES} GB. Use fewer step buckets"
         )
 
 
