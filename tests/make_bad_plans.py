@@ -10,6 +10,7 @@ import random
 import struct
 from pathlib import Path
 
+import numpy as np
 import torch
 import zstandard
 from plan_files import HEADER_KEY, forge
@@ -64,11 +65,11 @@ def frame(change, repack=zstandard.compress):
     """A file whose first stack holds other bytes: 8 of four patterns, then 3 rows of 8 pixels."""
 
     def changed(header, tensors):
-        length = int(tensors["mask_stacks"][0, 2])
+        length = int(tensors["mask_stacks"][0, 3])
         data = bytes(tensors["mask_data"].tolist())
         first = repack(change(zstandard.decompress(data[:length])))
         tensors["mask_data"] = torch.tensor(list(first + data[length:]), dtype=torch.uint8)
-        tensors["mask_stacks"][0, 2] = len(first)
+        tensors["mask_stacks"][0, 3] = len(first)
 
     return changed
 
@@ -76,13 +77,16 @@ def frame(change, repack=zstandard.compress):
 def pixels(row, columns, pattern):
     """A file in whose first stack some blocks of a row have another pattern."""
 
-    def change(content):
-        image = [list(content[start : start + 8]) for start in range(len(content) - 24, len(content), 8)]
-        for column in columns:
-            image[row][column] = pattern
-        return content[:-24] + b"".join(map(bytes, image))
+    def changed(header, tensors):
+        def change(content):
+            image = np.frombuffer(content, np.uint8, offset=len(content) - 24).copy()
+            turned = bool(tensors["mask_stacks"][0, 2])
+            (image.reshape(8, 3).T if turned else image.reshape(3, 8))[row, columns] = pattern
+            return content[:-24] + image.tobytes()
 
-    return frame(change)
+        frame(change)(header, tensors)
+
+    return changed
 
 
 def packed(**arguments):
@@ -133,7 +137,7 @@ def a_bomb_of_empty_masks(header, tensors):
     header["grid"].update(frames=64, height=64, width=64, text_tokens=0)
     zeros = zstandard.compress(bytes(2) + bytes(4096 * 4096))
     tensors["mask_index"] = torch.tensor([[[0, 1]], [[2, 999]]], dtype=torch.int32)
-    tensors["mask_stacks"] = torch.tensor([[10, 1, len(zeros)]] * 100)
+    tensors["mask_stacks"] = torch.tensor([[10, 1, 0, len(zeros)]] * 100)
     tensors["mask_data"] = torch.tensor(list(zeros * 100), dtype=torch.uint8)
 
 
@@ -143,7 +147,7 @@ def a_large_window(header, tensors):
     own = zstandard.ZstdCompressionParameters(window_log=25)
     data = packed(compression_params=own)(bytes([1, 0]) + bytes(4096 * 4096))
     tensors["mask_index"] = torch.zeros(2, 1, 2, dtype=torch.int32)
-    tensors["mask_stacks"] = torch.tensor([[1, 1, len(data)]])
+    tensors["mask_stacks"] = torch.tensor([[1, 1, 0, len(data)]])
     tensors["mask_data"] = torch.tensor(list(data), dtype=torch.uint8)
 
 
@@ -244,14 +248,15 @@ DEFECTS = {
     # masks
     "stacks_none": (
         tensor(mask_stacks=lambda x: x[:0]),
-        "mask_stacks is torch.int64 [0, 3]; expected torch.int64 [any, 3]",
+        "mask_stacks is torch.int64 [0, 4]; expected torch.int64 [any, 4]",
     ),
     "stacks_masks_0": (tensor(mask_stacks=put((0, 0), 0)), "stack 0 has 0 masks; expected 1 to 16"),
     "stacks_masks_many": (tensor(mask_stacks=put((1, 0), 2**62)), "masks; expected 1 to 16"),
     "stacks_patterns_0": (tensor(mask_stacks=put((0, 1), 0)), "stack 0 has 0 patterns; expected 1 to 256"),
     "stacks_patterns_257": (tensor(mask_stacks=put((0, 1), 257)), "stack 0 has 257 patterns; expected 1 to 256"),
     "stacks_patterns_fewer": (tensor(mask_stacks=put((0, 1), 2)), "its frame is for 30 bytes; expected 28"),
-    "stacks_bytes_negative": (tensor(mask_stacks=put((0, 2), -5)), "stack 0 has -5 bytes; expected 1 to"),
+    "stacks_layout_2": (tensor(mask_stacks=put((1, 2), 2)), "stack 1 has 2 as layout; expected 0 to 1"),
+    "stacks_bytes_negative": (tensor(mask_stacks=put((0, 3), -5)), "stack 0 has -5 bytes; expected 1 to"),
     "stacks_bytes_short": (tensor(mask_data=lambda x: x[:-1]), "bytes; mask_data has"),
     "stacks_masks_fewer": (tensor(mask_stacks=put((0, 0), 1)), "counts 2 masks; mask_index uses 3"),
     "frame_no_zstd": (tensor(mask_data=put(0, 0)), "stack 0 of masks cannot be decoded: "),

@@ -66,6 +66,22 @@ def test_masks_that_are_alike_take_the_space_of_their_differences():
     assert together < 1.35 * alone
 
 
+@pytest.mark.parametrize("along_columns", [False, True])
+def test_images_lie_along_what_is_alike(along_columns):
+    """Heavy keys make columns, heavy queries rows; several strips of each, whose last one is smaller."""
+    grid = TokenGrid(8, 64, 75)
+    rules = MaskRules(grid, 64, 64)
+    kept = torch.rand(3, 1, rules.columns, generator=torch.Generator().manual_seed(0)) < 0.4
+    masks = kept.expand(3, rules.rows, rules.columns).clone()
+    if not along_columns:
+        masks = masks.transpose(1, 2).contiguous()
+    masks[:, torch.arange(rules.rows), (torch.arange(rules.rows) * 7) % rules.columns] = True
+    coded = encode_masks(pack_bits(masks), torch.arange(3, dtype=torch.int32).view(3, 1, 1))
+    assert coded["mask_stacks"][:, 2].tolist() == [int(along_columns)]
+    decoded = decode_masks(coded["mask_stacks"], coded["mask_data"], rules)
+    assert torch.equal(unpack_bits(decoded, rules.columns), masks)
+
+
 def test_heads_that_share_masks_share_their_stack():
     grid = TokenGrid(1, 16, 32)
     rules = MaskRules(grid, 64, 64)
@@ -114,7 +130,7 @@ table[1:, ::3] = 1
 table[2:, ::5] = 2
 coded = encode_masks(table, torch.arange(4, dtype=torch.int32).view(4, 1, 1))
 stacks, data = coded["mask_stacks"].repeat(50, 1), coded["mask_data"].repeat(50)
-decode_masks(stacks[:1], data[: int(stacks[0, 2])], rules)
+decode_masks(stacks[:1], data[: int(stacks[0, 3])], rules)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 masks = decode_masks(stacks, data, rules)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - masks.nbytes)

@@ -162,7 +162,7 @@ def test_frames(good, data):
     path, changed = good
     header, tensors = apart(path)
     stacks, frames, start = tensors["mask_stacks"], [], 0
-    for length in stacks[:, 2].tolist():
+    for length in stacks[:, 3].tolist():
         frames.append(bytearray(zstandard.decompress(bytes(tensors["mask_data"][start : start + length].tolist()))))
         start += length
     number = data.draw(st.integers(0, len(frames) - 1))
@@ -173,7 +173,7 @@ def test_frames(good, data):
         frames[number] += bytes(data.draw(st.integers(1, 70)))
     packed = [zstandard.compress(bytes(frame)) for frame in frames]
     tensors["mask_data"] = torch.tensor(list(b"".join(packed)), dtype=torch.uint8)
-    stacks[:, 2] = torch.tensor([len(frame) for frame in packed])
+    stacks[:, 3] = torch.tensor([len(frame) for frame in packed])
     together(changed, header, tensors)
     plan = loaded_or_refused(changed)
     if plan is not None:

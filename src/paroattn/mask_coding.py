@@ -31,7 +31,7 @@ WINDOW_BYTES = 2**23
 _COMPRESSION = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_BTOPT, window_log=21, chain_log=17, hash_log=17, search_log=1, target_length=64
 )
-_STRIP_BYTES = 2**18  # pixels that are decoded at once: they stay in a core's cache
+_STRIP_BYTES = 2**19  # pixels that are decoded at once: they stay in a core's cache
 _THREADS = 8
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -86,7 +86,8 @@ def encode_masks(table: Tensor, index: Tensor) -> dict[str, Tensor]:
 
     Returns:
         mask_index: int32 [step buckets, layers, heads], into the masks of the stacks, one after the other.
-        mask_stacks: int64 [stacks, 3], of each its masks, its patterns and the bytes of its frame.
+        mask_stacks: int64 [stacks, 4], of each its masks, its patterns, 1 if its image lies column by column (else 0),
+            and the bytes of its frame.
         mask_data: uint8 [bytes], the frames of all stacks.
     """
     buckets = len(index)
@@ -103,13 +104,13 @@ def encode_masks(table: Tensor, index: Tensor) -> dict[str, Tensor]:
     mask_index = torch.from_numpy(new_numbers[renumbered].reshape(*index.shape[1:], buckets))
     return {
         "mask_index": mask_index.permute(2, 0, 1).contiguous(),
-        "mask_stacks": torch.tensor([[masks, patterns, len(frame)] for masks, patterns, frame in stacks]),
+        "mask_stacks": torch.tensor([[*numbers, len(frame)] for *numbers, frame in stacks]),
         "mask_data": torch.frombuffer(bytearray().join(frame for *_, frame in stacks), dtype=torch.uint8),
     }
 
 
-def _encode(table: np.ndarray, numbers: np.ndarray) -> list[tuple[int, int, bytes]]:
-    """Stacks of some masks: their masks, their patterns, their frame; one stack unless they have too many patterns."""
+def _encode(table: np.ndarray, numbers: np.ndarray) -> list[tuple[int, int, int, bytes]]:
+    """Stacks of some masks: what `encode_masks` says of each, and its frame; one unless they have too many patterns."""
     kept_by = np.zeros((table.shape[1], 8 * table.shape[2]), np.uint16)
     for bit, number in enumerate(numbers):
         kept_by |= np.unpackbits(table[number], axis=-1, bitorder="little").astype(np.uint16) << np.uint16(bit)
@@ -119,22 +120,26 @@ def _encode(table: np.ndarray, numbers: np.ndarray) -> list[tuple[int, int, byte
     if len(palette) > PATTERNS:
         half = len(numbers) // 2
         return _encode(table, numbers[:half]) + _encode(table, numbers[half:])
-    pixel_of = (np.cumsum(occurs) - 1).astype(np.uint8)
-    content = palette.tobytes() + pixel_of[kept_by].tobytes()
-    return [(len(numbers), len(palette), zstandard.ZstdCompressor(compression_params=_COMPRESSION).compress(content))]
+    pixels = (np.cumsum(occurs) - 1).astype(np.uint8)[kept_by]
+    changes = [float((pixels[1:] != pixels[:-1]).mean()), float((pixels[:, 1:] != pixels[:, :-1]).mean())]
+    along_columns = changes[0] < 0.9 * changes[1]  # decoding it takes longer, too
+    content = palette.tobytes() + (pixels.T if along_columns else pixels).tobytes()
+    frame = zstandard.ZstdCompressor(compression_params=_COMPRESSION).compress(content)
+    return [(len(numbers), len(palette), int(along_columns), frame)]
 
 
 def check_stacks(stacks: Tensor, data_bytes: int, masks: int) -> None:
-    """Raise `PlanError` unless the list of stacks, int64 [stacks, 3], fits the data and the plan's index of masks."""
-    limits = (("masks", STACK_MASKS), ("patterns", PATTERNS), ("bytes", data_bytes))
-    for column, (name, most) in zip(stacks.unbind(1), limits, strict=True):
-        wrong = ((column < 1) | (column > most)).nonzero()
+    """Raise `PlanError` unless the list of stacks, int64 [stacks, 4], fits the data and the plan's index of masks."""
+    limits = (("masks", 1, STACK_MASKS), ("patterns", 1, PATTERNS), ("as layout", 0, 1), ("bytes", 1, data_bytes))
+    for column, (name, least, most) in zip(stacks.unbind(1), limits, strict=True):
+        wrong = ((column < least) | (column > most)).nonzero()
         if len(wrong):
             raise PlanError(
-                f"mask_stacks says that stack {int(wrong[0])} has {int(column[wrong[0]])} {name}; expected 1 to {most}"
+                f"mask_stacks says that stack {int(wrong[0])} has {int(column[wrong[0]])} {name}; expected {least} to "
+                f"{most}"
             )
-    if int(stacks[:, 2].sum()) != data_bytes:
-        raise PlanError(f"mask_stacks counts {int(stacks[:, 2].sum())} bytes; mask_data has {data_bytes}")
+    if int(stacks[:, 3].sum()) != data_bytes:
+        raise PlanError(f"mask_stacks counts {int(stacks[:, 3].sum())} bytes; mask_data has {data_bytes}")
     if int(stacks[:, 0].sum()) != masks:
         raise PlanError(f"mask_stacks counts {int(stacks[:, 0].sum())} masks; mask_index uses {masks}")
 
@@ -154,7 +159,7 @@ def decode_masks(stacks: Tensor, data: Tensor, rules: MaskRules) -> Tensor:
     Raises:
         PlanError: a frame that cannot be decoded, or a mask that is none.
     """
-    starts = torch.nn.functional.pad(stacks.cumsum(0), (0, 0, 1, 0)).tolist()  # rows of masks, patterns, bytes
+    starts = torch.nn.functional.pad(stacks[:, [0, 3]].cumsum(0), (0, 0, 1, 0)).tolist()  # pairs of masks and bytes
     frames = data.numpy().data
     size = (starts[-1][0], rules.rows, rules.row_bytes)
     try:
@@ -163,9 +168,10 @@ def decode_masks(stacks: Tensor, data: Tensor, rules: MaskRules) -> Tensor:
         raise PlanError(f"there is no memory for its masks, {math.prod(size) / 1e9:.1f} GB") from error
 
     def decode(number: int) -> None:
-        (first, _, start), (end, _, stop) = starts[number : number + 2]
+        (first, start), (end, stop) = starts[number : number + 2]
+        _, patterns, along_columns, _ = stacks[number].tolist()
         try:
-            _decode(frames[start:stop], int(stacks[number, 1]), rules, table[first:end])
+            _decode(frames[start:stop], patterns, bool(along_columns), rules, table[first:end])
         except (zstandard.ZstdError, PlanError) as error:
             raise PlanError(f"stack {number} of masks cannot be decoded: {error}") from error
         for mask in range(first, end):
@@ -175,29 +181,33 @@ def decode_masks(stacks: Tensor, data: Tensor, rules: MaskRules) -> Tensor:
     return torch.from_numpy(table)
 
 
-def _decode(frame: memoryview, patterns: int, rules: MaskRules, masks: np.ndarray) -> None:
+def _decode(frame: memoryview, patterns: int, along_columns: bool, rules: MaskRules, masks: np.ndarray) -> None:
     """Fill masks, uint8 [masks, q blocks, row bytes], from a stack's frame."""
-    width = 8 * rules.row_bytes
-    expected, said = 2 * patterns + rules.rows * width, zstandard.frame_content_size(frame)
+    height, width = rules.rows, 8 * rules.row_bytes
+    expected, said = 2 * patterns + height * width, zstandard.frame_content_size(frame)
     if said != expected:
         raise PlanError(f"its frame is for {said if said >= 0 else 'unknown'} bytes; expected {expected}")
     reader = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).stream_reader(frame)
     palette = np.zeros(PATTERNS, "<u2")
     _fill(reader, palette[:patterns].view(np.uint8))
     halves = [_pair_table((palette >> shift).astype(np.uint8)) for shift in range(0, len(masks), 8)]
-    strip = np.empty((max(1, _STRIP_BYTES // width), width), np.uint8)
-    kept = np.empty(strip.size, np.uint8)
-    for row in range(0, rules.rows, len(strip)):
-        part = strip[: rules.rows - row]
-        pixels, bits = part.reshape(-1), kept[: part.size]
+    lines, length = (width, height) if along_columns else (height, width)  # of the image as it lies in the frame
+    count = max(8, _STRIP_BYTES // length // 8 * 8)  # lines of a strip: columns come in whole bytes
+    buffer = np.empty((2, count * length), np.uint8)
+    for start in range(0, lines, count):
+        end = min(start + count, lines)
+        pixels, bits = buffer[:, : (end - start) * length]
         _fill(reader, pixels)
         if int(pixels.max()) >= patterns:
             raise PlanError(f"a pixel is {int(pixels.max())}; expected less than its {patterns} patterns")
-        for number, mask in enumerate(masks):
+        if along_columns:
+            pixels = pixels.reshape(-1, height).T.reshape(-1)
+        parts = masks[:, :, start // 8 : end // 8] if along_columns else masks[:, start:end]
+        for number, part in enumerate(parts):
             if number % 8 == 0:
                 kept_by = np.take(halves[number // 8], pixels.view(np.uint16)).view(np.uint8)
             np.bitwise_and(kept_by, np.uint8(1 << number % 8), out=bits)
-            mask[row : row + len(part)] = np.packbits(bits, bitorder="little").reshape(len(part), -1)
+            part[...] = np.packbits(bits, bitorder="little").reshape(part.shape)
 
 
 def _pair_table(palette: np.ndarray) -> np.ndarray:

@@ -89,7 +89,7 @@ class PlanFile:
                 raise PlanError("the content does not match its checksum: the file was changed after it was written")
             return tensors
         coded = {name: kind for name, kind in kinds.items() if name != "mask_table"}
-        coded["mask_stacks"] = (torch.int64, (None, 3))
+        coded["mask_stacks"] = (torch.int64, (None, 4))
         coded["mask_data"] = (torch.uint8, (None,))
         coded[_DIGEST] = (torch.uint8, (32,))
         self._check(coded)
