@@ -15,12 +15,13 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from plan_files import masks_of
 from safetensors import SafetensorError, safe_open
 
 from paroattn import InputError, Plan, Precision
 from paroattn.cli.group import command_line
-from paroattn.plan import read_header
 from paroattn.plan_cache import FOLDER_VARIABLE, CachedPlan, PlanCache, PlanWish
+from paroattn.plan_file import read_header
 
 WISH = PlanWish(0.3, Precision.parse("int8"))
 NAME = r"WanTransformer3DModel-6x4x5-0\.3-int8-[0-9a-f]{12}"
@@ -60,7 +61,7 @@ def test_a_plan_is_found_again(cache, plan):
     assert not cache.folder.parent.exists()  # until a plan is put
     path = cache.put(plan, WISH)
     found = cache.find(plan.model, plan.grid, WISH)
-    assert torch.equal(found.mask_table, plan.mask_table)
+    assert torch.equal(masks_of(found), masks_of(plan))
     assert found.provenance == {**plan.provenance, "wish": {"density": 0.3, "precision": "int8"}}
     assert list(cache.folder.iterdir()) == [path]
     assert Plan.load(path).model == plan.model
@@ -411,7 +412,7 @@ def test_entries_read_no_tensors(cache, plan, monkeypatch):
             return self.file.metadata()
 
     cache.put(plan, WISH)
-    monkeypatch.setattr("paroattn.plan.safe_open", HeaderOnly)
+    monkeypatch.setattr("paroattn.plan_file.safe_open", HeaderOnly)
     assert cache.entries()[0].note == ""
 
 

@@ -12,9 +12,10 @@ import paroattn
 from paroattn.errors import MissingPartError, require
 
 SOURCE = Path(paroattn.__file__).parent
-COLUMN = (
-    "errors files grid block_mask order quantize plan plan_facts plan_cache ops runner integrations calibration cli".split()  # noqa: SIM905, E501
-)
+COLUMN = """
+errors files grid block_mask order quantize mask_coding plan_file plan_header plan plan_facts plan_cache ops runner
+integrations calibration cli
+""".split()  # noqa: SIM905
 
 
 def module_name(path):
@@ -75,3 +76,16 @@ def test_a_missing_part_is_answered_with_the_line_that_installs_it():
         MissingPartError, match=r"^no_such_module is not installed; run: pip install 'paroattn\[cli\]'$"
     ):
         require("paroattn[cli]", "json", "no_such_module")
+
+
+def test_nothing_is_pickled():
+    """Neither imported nor by way of torch and numpy; in the library and the lab."""
+    sources = [*SOURCE.rglob("*.py"), *(SOURCE.parents[1] / "lab" / "paroattn_lab").rglob("*.py")]
+    assert len(sources) > 80
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} & {*names}, path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("np", "load")}, path

@@ -162,6 +162,21 @@ def closeness_table(records: list[dict]) -> list[str]:
     )
 
 
+def plan_size_table(records: list[dict]) -> list[str]:
+    """Megabytes of masks and files, and seconds to load them."""
+    rows = []
+    for record in records:
+        sizes = (record[name] / 1e6 for name in ("bits", "single masks", "differences of buckets", "palette"))
+        load = ""
+        if "load_seconds" in record:
+            processors = record["load_user_seconds"] + record["load_system_seconds"]
+            load = f"{record['load_seconds']:.1f} ({processors:.1f})"
+        megabytes = (f"{size:,.1f}" if size < 10 else f"{size:,.0f}" for size in sizes)
+        rows.append((record["workload"], record["noise"], *megabytes, load))
+    heads = ("plan", "noise", "bits (MB)", "zstandard 9", "of differences", "file (MB)", "load (s)")
+    return [*table(heads, rows), "", f"{surroundings(*records)}."]
+
+
 def surroundings(record: dict, *others: dict) -> str:
     """Machine and versions of a record, and how many threads there were for it and the others."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -33,6 +33,7 @@ from record_tables import (
     compensation_table,
     evaluation_table,
     model_table,
+    plan_size_table,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,7 @@ KINDS = {
     "attention": attention_table,
     "ablation": ablation_table,
     "model": model_table,
+    "plan size": plan_size_table,
     "gpu calibration": calibration_table,
     "calibration sampling": sampling_table,
     "gpu model calibration": model_calibration_table,

@@ -47,6 +47,12 @@ def token_order(name: str, grid: TokenGrid) -> Tensor:
     return torch.cat((visual + grid.visual_start, torch.arange(text_start, text_start + grid.text_tokens)))
 
 
+def check_order(name: str, grid: TokenGrid) -> None:
+    """Raise `InputError` unless `token_order` has an order of this name for the grid."""
+    if name not in AXIS_ORDERS:
+        _parse_tile(name, grid)
+
+
 def candidate_orders(grid: TokenGrid) -> tuple[str, ...]:
     """All axis orders and all tiled orders of a grid that cut it into different blocks, the first of equal ones.
 

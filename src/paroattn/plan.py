@@ -1,35 +1,29 @@
-"""Plans: what calibration found for one model, validated, immutable, kept in one safetensors file.
-
-Format version 0: free to change until it is declared stable. See docs/plan-format.md.
-"""
+"""Plans: what calibration found for one model, validated, immutable, kept in one file (docs/plan-format.md)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from paroattn.block_mask import block_count, count_bits, pack_bits, text_blocks
-from paroattn.errors import PlanError
-from paroattn.files import save_tensors
+from paroattn.block_mask import count_bits, pack_bits, text_blocks
+from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
-from paroattn.order import token_order
+from paroattn.mask_coding import MaskRules
+from paroattn.order import check_order, token_order
+from paroattn.plan_file import TensorKinds, check_tensor, open_plan_file, write_plan_file
+from paroattn.plan_header import ModelIdentity, check_parts, header_of, parts_of
 from paroattn.quantize import Precision
 
-FORMAT_VERSION = 0
 FILE_NAME = "paroattn_plan.safetensors"
-_HEADER_KEY = "paroattn_plan"
 _TENSOR_DTYPES = {
     "order_index": torch.uint8,
     "precision_index": torch.uint8,
@@ -38,17 +32,10 @@ _TENSOR_DTYPES = {
     "compensate": torch.bool,
     "usage": torch.float32,
 }
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What a plan remembers of its model, compared with the model when the plan is applied."""
-
-    class_name: str
-    config_hash: str
-    layers: int
-    heads: int
-    head_dim: int
+_HEADER_PARTS = (
+    "model", "grid", "order_names", "precisions", "schedule", "bucket_edges", "block_q", "block_kv", "provenance",
+    "quality", "unknown",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +98,8 @@ class Plan:
             pipeline has one transformer; of two (Wan 2.2), each is called in its own steps.
         provenance: how it was calibrated; JSON values.
         block_q, block_kv: tokens per block.
+        quality: measured figures by name, such as {"psnr": 31.2}; finite numbers.
+        unknown: what the file's header says beyond this, of a later paroattn; it is kept when the plan is saved.
 
     Raises:
         PlanError: any part that does not fit the others; the message names it.
@@ -135,6 +124,8 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     block_q: int = 64
     block_kv: int = 64
+    quality: Mapping[str, float] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -199,38 +190,29 @@ class Plan:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to one safetensors file, whole or not at all."""
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSOR_DTYPES}
-        header = {
-            "version": FORMAT_VERSION,
-            "model": asdict(self.model),
-            "grid": asdict(self.grid),
-            "order_names": self.order_names,
-            "precisions": [str(precision) for precision in self.precisions],
-            "schedule": self.schedule,
-            "bucket_edges": self.bucket_edges,
-            "block_q": self.block_q,
-            "block_kv": self.block_kv,
-            "provenance": dict(self.provenance),
-        }
-        header = json.loads(json.dumps(header))  # as it will be read: provenance may have keys that are no strings
-        header["digest"] = _digest(header, tensors)
-        metadata = {_HEADER_KEY: json.dumps(header, sort_keys=True)}
-        save_tensors(path, tensors, metadata)
+        """Write the plan to one safetensors file, whole or not at all; equal plans become equal files.
+
+        Masks are written in the order in which layers, heads and step buckets use them, without those that none uses.
+
+        Raises:
+            PlanError: masks or a provenance too large for a file (docs/plan-format.md), or too deeply nested.
+            OSError: the file cannot be written.
+        """
+        write_plan_file(path, header_of(self), {name: getattr(self, name) for name in _TENSOR_DTYPES})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read and validate a plan file.
+        """Read and validate a plan file, of this format version or an earlier one.
 
         Raises:
-            PlanError: no such file, truncated, not a plan, changed after it was written, or inconsistent.
+            PlanError: no such file, truncated, not a plan, of a newer version, changed after it was written,
+                inconsistent, or beyond a limit of docs/plan-format.md.
         """
-        path = Path(path)
-        header, tensors = _read(path)
-        try:
-            return _from_file(header, tensors)
-        except PlanError as error:
-            raise PlanError(f"{str(path)!r}: {error}") from error
+        with open_plan_file(path) as file:
+            parts = parts_of(file.header)
+            rules = MaskRules(parts["grid"], parts["block_q"], parts["block_kv"])
+            kinds = _tensor_kinds(parts["model"], len(parts["bucket_edges"]), rules)
+            return cls(**{**parts, **file.read(kinds, rules)})
 
     @classmethod
     def from_pretrained(cls, repo: str | os.PathLike[str], **download_arguments: Any) -> Plan:
@@ -269,106 +251,27 @@ def bucket_lengths(edges: tuple[float, ...]) -> Tensor:
     return torch.tensor([*edges, 1.0], dtype=torch.float64).diff()
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header without its digest and the bytes of the tensors."""
-    content = {key: value for key, value in header.items() if key != "digest"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of a plan file (docs/plan-format.md), without its tensors: only the version is checked.
-
-    Raises:
-        PlanError: no such file, truncated, not a plan, or of another version.
-    """
-    return _read(Path(path), with_tensors=False)[0]
-
-
-def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise PlanError(f"plan file {str(path)!r} does not exist; make one with `paroattn calibrate`")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if with_tensors}
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last from torch, if the file was just deleted
-        raise PlanError(
-            f"{str(path)!r} is not a readable safetensors file ({error}); it may be truncated: copy or make it anew"
-        ) from error
-    try:
-        return _parse_header(metadata), tensors
-    except PlanError as error:
-        raise PlanError(f"{str(path)!r}: {error}") from error
-
-
-def _parse_header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    if _HEADER_KEY not in metadata:
-        raise PlanError(f"no header {_HEADER_KEY!r}: this is some other safetensors file, not a plan")
-    try:
-        header = json.loads(metadata[_HEADER_KEY])
-        version = header["version"]
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
-        raise PlanError(f"the plan's header cannot be read ({error!r}); make the plan anew") from error
-    if version != FORMAT_VERSION:
-        raise PlanError(f"plan format version is {version!r}; this paroattn reads {FORMAT_VERSION}. Calibrate again.")
-    return header
-
-
-def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
-    if set(tensors) != set(_TENSOR_DTYPES):
-        raise PlanError(f"tensors are {sorted(tensors)}; expected {sorted(_TENSOR_DTYPES)}")
-    if header.get("digest") != _digest(header, tensors):
-        raise PlanError("the content does not match its checksum: the file was changed after it was written")
-    try:
-        return Plan(
-            model=ModelIdentity(**header["model"]),
-            grid=TokenGrid(**header["grid"]),
-            order_names=tuple(header["order_names"]),
-            precisions=tuple(Precision.parse(name) for name in header["precisions"]),
-            schedule=tuple(header["schedule"]),
-            bucket_edges=tuple(header["bucket_edges"]),
-            block_q=header["block_q"],
-            block_kv=header["block_kv"],
-            provenance=header["provenance"],
-            **tensors,
-        )
-    except PlanError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"the plan's header is incomplete or wrong: {error}") from error
+def _tensor_kinds(model: ModelIdentity, buckets: int, rules: MaskRules) -> TensorKinds:
+    per_head, per_bucket = (model.layers, model.heads), (buckets, model.layers, model.heads)
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "order_index": per_head,
+        "precision_index": per_head,
+        "mask_table": (None, rules.rows, rules.row_bytes),
+        "mask_index": per_bucket,
+        "compensate": per_bucket,
+        "usage": per_bucket[:2],
+    }
+    return {name: (dtype, shapes[name]) for name, dtype in _TENSOR_DTYPES.items()}
 
 
 def _validate(plan: Plan) -> None:
-    layers, heads, buckets = plan.model.layers, plan.model.heads, len(plan.bucket_edges)
-    if layers < 1 or heads < 1:
-        raise PlanError(f"the model has {layers} layers of {heads} heads; expected at least one of each")
-    edges = plan.bucket_edges
-    if not edges or edges[0] != 0 or not all(a < b for a, b in zip(edges, (*edges[1:], 1.0), strict=True)):
-        raise PlanError(f"bucket_edges are {list(edges)}; expected an ascending list from 0 to below 1")
+    check_parts(**{name: getattr(plan, name) for name in _HEADER_PARTS})
     _validate_schedule(plan)
-    if plan.block_q not in (64, 128) or plan.block_kv != 64:
-        raise PlanError(f"blocks are {plan.block_q} x {plan.block_kv}; expected 64 x 64 or 128 x 64")
-    rows = block_count(plan.grid.tokens, plan.block_q)
-    columns = block_count(plan.grid.tokens, plan.block_kv)
-    masks = plan.mask_table.shape[0] if plan.mask_table.ndim else 0
-    shapes = {
-        "order_index": (layers, heads),
-        "precision_index": (layers, heads),
-        "mask_table": (max(masks, 1), rows, -(-columns // 8)),
-        "mask_index": (buckets, layers, heads),
-        "compensate": (buckets, layers, heads),
-        "usage": (buckets, layers),
-    }
-    for name, shape in shapes.items():
+    rules = MaskRules(plan.grid, plan.block_q, plan.block_kv)
+    for name, kind in _tensor_kinds(plan.model, plan.buckets, rules).items():
         tensor = getattr(plan, name)
-        if tensor.dtype != _TENSOR_DTYPES[name] or tuple(tensor.shape) != shape:
-            raise PlanError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {_TENSOR_DTYPES[name]} {list(shape)} for "
-                f"{layers} layers, {heads} heads, {buckets} step buckets and grid {plan.grid}"
-            )
+        check_tensor(name, tensor.dtype, tuple(tensor.shape), kind)
+    masks = len(plan.mask_table)
     for name, length in (("order", len(plan.order_names)), ("precision", len(plan.precisions)), ("mask", masks)):
         index = getattr(plan, f"{name}_index")
         if int(index.min()) < 0 or int(index.max()) >= length:
@@ -377,32 +280,23 @@ def _validate(plan: Plan) -> None:
             )
     for order in plan.order_names:
         try:
-            token_order(order, plan.grid)
-        except ValueError as error:
+            check_order(order, plan.grid)
+        except InputError as error:
             raise PlanError(str(error)) from error
-    _validate_masks(plan, columns)
+    if not bool(((plan.usage >= 0) & (plan.usage <= 1)).all()) or not bool(plan.usage.any()):
+        raise PlanError("usage holds numbers outside [0, 1], or says that no layer is ever called")
+    rules.check(plan.mask_table)
 
 
 def _validate_schedule(plan: Plan) -> None:
-    levels = plan.schedule
-    if not levels or not all(0 <= level <= 1 for level in levels) or any(a < b for a, b in pairwise(levels)):
+    edges, levels = plan.bucket_edges, plan.schedule
+    if edges[0] != 0 or not all(a < b for a, b in zip(edges, (*edges[1:], 1.0), strict=True)):
+        raise PlanError(f"bucket_edges are {list(edges)}; expected an ascending list from 0 to below 1")
+    if not all(0 <= level <= 1 for level in levels) or any(a < b for a, b in pairwise(levels)):
         raise PlanError(f"schedule is {list(levels)}; expected noise levels from 1 down to 0")
-    starts = first_steps(plan.bucket_edges, len(levels))
+    starts = first_steps(edges, len(levels))
     if starts[-1] >= len(levels) or any(levels[start - 1] == levels[start] for start in starts[1:]):
         raise PlanError(
-            f"bucket_edges are {list(plan.bucket_edges)}; in a schedule of {len(levels)} steps each has to be one at "
+            f"bucket_edges are {list(edges)}; in a schedule of {len(levels)} steps each has to be one at "
             "which the noise level falls"
         )
-
-
-def _validate_masks(plan: Plan, columns: int) -> None:
-    if columns % 8 and bool((plan.mask_table[..., -1] >> (columns % 8)).any()):
-        raise PlanError(f"mask_table has bits beyond its {columns} kv blocks")
-    empty = (plan.mask_table == 0).all(-1).nonzero()
-    if len(empty):
-        raise PlanError(f"mask {int(empty[0, 0])} keeps no block in row {int(empty[0, 1])}; every row needs one")
-    text = pack_bits(text_blocks(plan.grid, plan.block_q, plan.block_kv))
-    if bool((~plan.mask_table & text).any()):
-        raise PlanError("a mask skips a block that touches text tokens; those are always computed")
-    if not bool(((plan.usage >= 0) & (plan.usage <= 1)).all()) or not bool(plan.usage.any()):
-        raise PlanError("usage holds numbers outside [0, 1], or says that no layer is ever called")

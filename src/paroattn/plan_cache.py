@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 from paroattn.errors import InputError, PlanError, require
 from paroattn.files import check_output, plain_name, write_atomically
 from paroattn.grid import TokenGrid
-from paroattn.plan import FORMAT_VERSION, ModelIdentity, Plan, read_header
+from paroattn.plan import ModelIdentity, Plan
+from paroattn.plan_file import FORMAT_VERSION, read_header
 from paroattn.quantize import Precision
 
 FOLDER_VARIABLE = "PAROATTN_PLAN_CACHE"
