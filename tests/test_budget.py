@@ -20,7 +20,7 @@ from paroattn.calibration.budget import (
 )
 from paroattn.calibration.calibrate import bucket_edges_by_change
 from paroattn.calibration.costs import LEVELS
-from paroattn.calibration.keep import least_density
+from paroattn.keep import least_density
 from paroattn.plan import ModelIdentity
 
 GRID = TokenGrid(16, 8, 16)

@@ -7,7 +7,7 @@ import torch
 from paroattn import TokenGrid
 from paroattn.block_mask import block_count, text_blocks
 from paroattn.calibration.costs import COMPENSATE, DROP, skip_costs
-from paroattn.calibration.keep import keep_best
+from paroattn.keep import keep_best
 
 SCALE = 0.3
 

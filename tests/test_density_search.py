@@ -10,8 +10,8 @@ import torch
 import paroattn
 from paroattn.block_mask import unpack_bits
 from paroattn.calibration import density_search
-from paroattn.calibration.keep import least_density
 from paroattn.calibration.run import CalibrationRun
+from paroattn.keep import least_density
 
 CALL = tiny_models.WAN22.call()
 
@@ -41,6 +41,7 @@ def test_a_plan_for_a_quality_reaches_it_with_few_blocks(pipe, prompts):
     assert psnr(pipe, plan, prompts) >= wanted - 1e-3
     assert plan.provenance["target PSNR"] == wanted - 1e-3
     assert plan.provenance["measured PSNR"] == pytest.approx(psnr(pipe, plan, prompts), abs=1e-3)
+    assert plan.quality == {"psnr": plan.provenance["measured PSNR"]}
 
 
 def halving(monkeypatch, measured, **target):

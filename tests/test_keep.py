@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paroattn import PlanError, TokenGrid
 from paroattn.block_mask import text_blocks
-from paroattn.calibration.keep import check_reachable, keep_best, keep_levels, least_density
+from paroattn.keep import check_reachable, keep_best, keep_levels, least_density
 
 NONE = torch.zeros(4, 4, dtype=torch.bool)
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from paroattn import Plan, PlanError, TokenGrid
 from paroattn.block_mask import text_blocks, unpack_bits
-from paroattn.calibration.keep import keep_best
 from paroattn.calibration.paper import (
     CalibrationStatistics,
     choose_orders,
@@ -15,6 +14,7 @@ from paroattn.calibration.paper import (
     step_bucket_edges,
 )
 from paroattn.calibration.statistics import OrderCriterion, order_metrics
+from paroattn.keep import keep_best
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import ModelIdentity, bucket_of
 

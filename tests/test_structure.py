@@ -13,8 +13,8 @@ from paroattn.errors import MissingPartError, require
 
 SOURCE = Path(paroattn.__file__).parent
 COLUMN = """
-errors files grid block_mask order quantize mask_coding plan_file plan_header plan plan_facts plan_cache ops runner
-integrations calibration cli
+errors files grid block_mask keep order quantize transfer mask_coding plan_file plan_header plan plan_facts plan_cache
+ops runner integrations calibration cli
 """.split()  # noqa: SIM905
 
 

@@ -177,6 +177,28 @@ def plan_size_table(records: list[dict]) -> list[str]:
     return [*table(heads, rows), "", f"{surroundings(*records)}."]
 
 
+def transfer_table(records: list[dict]) -> list[str]:
+    """PSNR of plans that were made without calibrating at the target size, and how much of the gap they close."""
+    rows = [
+        (
+            record["model"],
+            record["way"],
+            f"{record['psnr']:.2f}",
+            "" if record["way"] == "calibrated" else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}",
+            f"{record['gap_closed']:.0%}" if record["way"].startswith("from ") else "",
+        )
+        for record in records
+    ]
+    first = records[0]
+    return [
+        *table(("model", "plan", "PSNR (dB)", "to the calibrated one", "of the gap"), rows),
+        "",
+        f"Density {first['density']:.1f}, exact; mean over {first['pairs']} prompt/seed pairs; difference with the "
+        "standard error of the paired differences; the gap is that between positions alone and a calibration. "
+        f"{surroundings(first)}.",
+    ]
+
+
 def surroundings(record: dict, *others: dict) -> str:
     """Machine and versions of a record, and how many threads there were for it and the others."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

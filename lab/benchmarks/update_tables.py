@@ -34,6 +34,7 @@ from record_tables import (
     evaluation_table,
     model_table,
     plan_size_table,
+    transfer_table,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,7 @@ KINDS = {
     "ablation": ablation_table,
     "model": model_table,
     "plan size": plan_size_table,
+    "plan transfer": transfer_table,
     "gpu calibration": calibration_table,
     "calibration sampling": sampling_table,
     "gpu model calibration": model_calibration_table,

@@ -34,6 +34,7 @@ __all__ = [
     "backends",
     "calibrate",
     "calibrate_paper",
+    "identify",
     "observe",
     "prepare",
 ]
@@ -55,6 +56,7 @@ _NEED_DIFFUSERS = {
     "apply": "paroattn.calibration.self_calibrating",
     "calibrate": "paroattn.calibration.calibrate",
     "calibrate_paper": "paroattn.calibration.paper",
+    "identify": "paroattn.integrations.pipeline",
     "observe": "paroattn.integrations.observe",
 }
 

@@ -71,6 +71,42 @@ def candidate_orders(grid: TokenGrid) -> tuple[str, ...]:
     return tuple(distinct.values())
 
 
+def fitting_order(name: str, grid: TokenGrid) -> str:
+    """The order of this name, or where its tile is larger than the grid the one of the nearest tile that fits.
+
+    Example:
+        >>> fitting_order("8x4x2", TokenGrid(4, 16, 16))
+        '4x4x4'
+    """
+    if name in AXIS_ORDERS:
+        return name
+    tile = _fitted([int(side) for side in name.split("x")], grid.size)
+    return "x".join(map(str, tile)) if math.prod(tile) == BLOCK else AXIS_ORDERS[0]
+
+
+def same_blocks(name: str, old: TokenGrid, new: TokenGrid) -> str:
+    """The order that cuts another grid into blocks of the shape that this one has on the old grid, or nearly.
+
+    Example:
+        >>> same_blocks("FHW", TokenGrid(16, 8, 8), TokenGrid(16, 16, 16))  # a frame each
+        '1x8x8'
+    """
+    if name not in AXIS_ORDERS:
+        return fitting_order(name, new)
+    before, after = (_box_of_first_block(name, grid) for grid in (old, new))
+    return name if before is None or before == after else fitting_order("x".join(map(str, before)), new)
+
+
+def _box_of_first_block(name: str, grid: TokenGrid) -> tuple[int, ...] | None:
+    """Sides of the box that the first block of an order is, or None if it is none."""
+    token = token_order(name, grid)[:BLOCK] - grid.visual_start
+    if grid.visual_tokens < BLOCK:
+        return None
+    places = torch.stack(torch.unravel_index(token, grid.size))
+    sides = tuple((places.amax(1) - places.amin(1) + 1).tolist())
+    return sides if math.prod(sides) == BLOCK else None
+
+
 def _partition(block_of: Tensor) -> bytes:
     """The same bytes for the same division of tokens into blocks, whatever the blocks' numbers."""
     first_token = torch.full((int(block_of.max()) + 1,), len(block_of))

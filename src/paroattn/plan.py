@@ -6,7 +6,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 from paroattn.block_mask import count_bits, pack_bits, text_blocks
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
+from paroattn.keep import check_density, check_reachable, keep_best
 from paroattn.mask_coding import MaskRules
-from paroattn.order import check_order, token_order
+from paroattn.order import check_order, fitting_order, same_blocks, token_order
 from paroattn.plan_file import TensorKinds, check_tensor, open_plan_file, write_plan_file
 from paroattn.plan_header import ModelIdentity, check_parts, header_of, parts_of
 from paroattn.quantize import Precision
+from paroattn.transfer import block_distances, resample_masks
 
 FILE_NAME = "paroattn_plan.safetensors"
 _TENSOR_DTYPES = {
@@ -188,6 +190,88 @@ class Plan:
             )
             for layer in range(self.model.layers)
         ]
+
+    def adapt(self, grid: TokenGrid, device: torch.device | str = "cpu") -> Plan:
+        """The plan for another grid: each block keeps what lies as far from it as what this plan keeps at its place.
+
+        Each mask keeps the same share of its visual blocks. Token orders keep the shape of their blocks, as far as it
+        fits; steps, precisions and what is compensated stay.
+
+        Args:
+            grid: frames, height and width in tokens, and the number of text tokens.
+            device: that computes the masks, which are many for a large model.
+
+        Returns:
+            The plan itself for its own grid.
+
+        Example:
+            >>> plan.adapt(TokenGrid(21, 45, 80))  # doctest: +SKIP
+        """
+        if grid == self.grid:
+            return self
+        names = tuple(same_blocks(name, self.grid, grid) for name in self.order_names)
+        both = self.mask_index.long() * len(names) + self.order_index.long()
+        used, index = both.unique(return_inverse=True)
+        table: list[Tensor] = []
+        place = torch.empty(len(used), dtype=torch.int32)
+        for number, (name, new_name) in enumerate(zip(self.order_names, names, strict=True)):
+            own = (used % len(names) == number).nonzero().flatten()
+            place[own] = torch.arange(len(own), dtype=torch.int32) + sum(map(len, table))
+            if len(own):
+                bits = self.mask_table[used[own] // len(names)]
+                table.append(resample_masks(bits, name, self.block_q, self.grid, new_name, grid, device))
+        provenance = {**self.provenance, "adapted_from": [*self.provenance.get("adapted_from", []), str(self.grid)]}
+        return replace(
+            self,
+            grid=grid,
+            order_names=names,
+            mask_table=torch.cat(table),
+            mask_index=place[index],
+            provenance=provenance,
+            quality={},  # was measured at the other size
+        )
+
+    @classmethod
+    def default(
+        cls, model: ModelIdentity, grid: TokenGrid, density: float, precision: str | Precision = "exact"
+    ) -> Plan:
+        """A plan from positions alone, without calibration: each block keeps those that are near, the others are
+        approximated.
+
+        Args:
+            model: from `paroattn.identify`.
+            grid: the token grid of the requests it is for.
+            density: kept blocks over all blocks, in (0, 1].
+            precision: of all heads.
+
+        Raises:
+            InputError: a density outside (0, 1], or an unknown precision.
+            PlanError: a density below what text blocks and one block per row need.
+
+        Example:
+            >>> plan = Plan.default(paroattn.identify(pipe), TokenGrid(21, 30, 52), 0.3, "int8")  # doctest: +SKIP
+        """
+        check_density(density)
+        check_reachable(density, grid)
+        name = fitting_order("4x4x4", grid)
+        required = text_blocks(grid)
+        mask = keep_best(-block_distances(name, grid), density, required)
+        heads = (model.layers, model.heads)
+        return cls(
+            model=model,
+            grid=grid,
+            order_names=(name,),
+            order_index=torch.zeros(heads, dtype=torch.uint8),
+            precisions=(Precision.parse(precision),),
+            precision_index=torch.zeros(heads, dtype=torch.uint8),
+            schedule=(1.0,),
+            bucket_edges=(0.0,),
+            mask_table=pack_bits(mask).unsqueeze(0),
+            mask_index=torch.zeros(1, *heads, dtype=torch.int32),
+            compensate=torch.full((1, *heads), not bool(mask.all())),
+            usage=torch.ones(1, model.layers),
+            provenance={"method": "positions", "density": density},
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to one safetensors file, whole or not at all; equal plans become equal files.

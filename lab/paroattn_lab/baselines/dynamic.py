@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.keep import check_density
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
 from paroattn.integrations.observe import ObservedCall, observe
 from paroattn.integrations.pipeline import Pipeline
+from paroattn.keep import check_density
 from paroattn.ops import attention
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.inputs import CallKind

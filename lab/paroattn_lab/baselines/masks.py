@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from paroattn.block_mask import text_blocks
-from paroattn.calibration.keep import check_reachable, keep_best
 from paroattn.grid import TokenGrid
+from paroattn.keep import check_reachable, keep_best
 
 
 def baseline_mask(scores: Tensor, density: float, grid: TokenGrid) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.keep import check_density
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.calibration.paper import CalibrationStatistics
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
+from paroattn.keep import check_density
 from paroattn.order import token_order
 from paroattn.plan import Plan, bucket_lengths
 from paroattn_lab.baselines.masks import baseline_mask

@@ -166,7 +166,7 @@ def bench_model(
     require_metrics()
     import torch
 
-    from paroattn.calibration.keep import check_density
+    from paroattn.keep import check_density
     from paroattn.quantize import Precision
     from paroattn_lab.report.tables import model_table
     from paroattn_lab.speed import model_bench, subjects

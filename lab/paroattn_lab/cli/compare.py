@@ -285,7 +285,7 @@ def _check_methods(methods: Sequence[str]) -> None:
 
 
 def _check_densities(densities: Sequence[float]) -> None:
-    from paroattn.calibration.keep import check_density
+    from paroattn.keep import check_density
 
     for density in densities:
         check_density(density)

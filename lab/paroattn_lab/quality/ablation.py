@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.budget import CostStatistics, Selection, allocate, select_by_cost
 from paroattn.calibration.calibrate import collect_costs
-from paroattn.calibration.keep import keep_best
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.calibration.paper import CalibrationStatistics, collect_block_sums, select_plan
 from paroattn.cli.models import GenerativeModel
+from paroattn.keep import keep_best
 from paroattn.ops.backend import formats_of
 from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import Plan, bucket_of

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from paroattn.block_mask import BLOCK, BlockMask, block_count, pack_bits
-from paroattn.calibration.keep import check_density
 from paroattn.grid import TokenGrid
+from paroattn.keep import check_density
 from paroattn.ops import cpu, prepare
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.gpu import backend as gpu

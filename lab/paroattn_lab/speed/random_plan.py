@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from paroattn.block_mask import BLOCK, pack_bits, text_blocks
-from paroattn.calibration.keep import check_density, check_reachable, keep_best
 from paroattn.grid import TokenGrid
+from paroattn.keep import check_density, check_reachable, keep_best
 from paroattn.order import candidate_orders
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision

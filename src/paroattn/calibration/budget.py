@@ -17,10 +17,10 @@ from torch import Tensor
 
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.costs import COMPENSATE, DROP, LEVELS
-from paroattn.calibration.keep import check_density, check_reachable, keep_counts, least_density
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
+from paroattn.keep import check_density, check_reachable, keep_counts, least_density
 from paroattn.plan import ModelIdentity, Plan, bucket_lengths
 from paroattn.quantize import Precision
 

@@ -18,7 +18,6 @@ from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.checkpoint import remove_work
 from paroattn.calibration.density_search import Goal, reach
 from paroattn.calibration.forecast import Forecast
-from paroattn.calibration.keep import check_density, least_density
 from paroattn.calibration.run import (
     QUICK,
     THOROUGH,
@@ -34,6 +33,7 @@ from paroattn.calibration.sensitivity import measure_effects
 from paroattn.errors import InputError
 from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
+from paroattn.keep import check_density, least_density
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.inputs import CallKind
 from paroattn.order import candidate_orders

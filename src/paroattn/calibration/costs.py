@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.keep import keep_levels
+from paroattn.keep import keep_levels
 
 LEVELS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Densities at which errors are measured; an error in between is interpolated, at density 1 it is zero."""

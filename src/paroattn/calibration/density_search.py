@@ -85,7 +85,8 @@ def reach(run: CalibrationRun, goal: Goal, select: Callable[[float], Plan], leas
             else:
                 low = middle
     reached = {f"target {name}": wanted, f"measured {name}": round(value, 3)}
-    return replace(best, provenance={**best.provenance, **reached})
+    quality = {"psnr": round(value, 3)} if goal.psnr is not None and math.isfinite(value) else {}
+    return replace(best, provenance={**best.provenance, **reached}, quality={**best.quality, **quality})
 
 
 def _quality(run: CalibrationRun) -> Callable[[Plan], float]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from paroattn.block_mask import text_blocks
 from paroattn.calibration.capture import BlockSums, OrderScores
 from paroattn.calibration.checkpoint import remove_work
-from paroattn.calibration.keep import check_density, check_reachable, keep_best
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.calibration.run import (
     THOROUGH,
@@ -29,6 +28,7 @@ from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
+from paroattn.keep import check_density, check_reachable, keep_best
 from paroattn.order import AXIS_ORDERS
 from paroattn.plan import ModelIdentity, Plan, bucket_of
 from paroattn.quantize import Precision

@@ -21,7 +21,6 @@ from paroattn.calibration import gpu
 from paroattn.calibration.capture import Accumulator
 from paroattn.calibration.checkpoint import Checkpoint, fingerprint, weights_fingerprint
 from paroattn.calibration.costs import LEVELS
-from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.calibration.kernels import REFERENCE, Kernels
 from paroattn.calibration.recording import Recording
 from paroattn.errors import InputError
@@ -30,6 +29,7 @@ from paroattn.integrations.attach import Forward
 from paroattn.integrations.observe import ObservedCall, observe
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.schedule import Schedule
+from paroattn.keep import check_density, check_reachable
 from paroattn.ops.gpu.device import unavailable, unsupported
 from paroattn.plan import bucket_of
 

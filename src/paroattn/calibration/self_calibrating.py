@@ -11,7 +11,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from paroattn.calibration.calibrate import check_precision
-from paroattn.calibration.keep import check_density, check_reachable
 from paroattn.calibration.observation import Observation
 from paroattn.errors import InputError, PlanError
 from paroattn.integrations.apply import Handle, Observer, Report
@@ -22,6 +21,7 @@ from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
 from paroattn.integrations.schedule import Schedule
+from paroattn.keep import check_density, check_reachable
 from paroattn.plan import Plan
 from paroattn.plan_cache import PlanCache, PlanWish
 from paroattn.quantize import Precision
@@ -38,6 +38,7 @@ def apply(
     precision: str | Precision | None = None,
     strict: bool = False,
     backend: str = "auto",
+    other_sizes: str = "dense",
     cache: str | os.PathLike[str] | PlanCache | None = None,
     memory_gb: float = 8.0,
     progress: bool = True,
@@ -59,6 +60,9 @@ def apply(
             beyond the grid, masks of another kind) instead of warning once of each reason. Requests that are observed
             may.
         backend: "auto" or a backend's name.
+        other_sizes: what requests of another size than the plan's get: "dense", the model's own attention; "adapt", the
+            plan fitted to them (`Plan.adapt`) at the first one; "error", a `PlanError`. With a density each size gets a
+            plan of its own.
         cache: the folder of plans that were made, or a `PlanCache`; default: the user's (docs/how-to.md).
         memory_gb: host memory for what skipping blocks costs while a request is observed, in 10^9 bytes; what takes
             more lies in a temporary file.
@@ -78,7 +82,7 @@ def apply(
         >>> handle = paroattn.apply(pipe, density=0.3, precision="int8")  # doctest: +SKIP
     """
     if density is None:
-        return apply_plan(pipe, plan, precision=precision, strict=strict, backend=backend)
+        return apply_plan(pipe, plan, precision=precision, strict=strict, backend=backend, other_sizes=other_sizes)
     if plan is not None:
         raise InputError("apply takes either a plan or a density; got both")
     check_density(density)

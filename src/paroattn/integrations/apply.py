@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paroattn.errors import InputError, PlanError
+from paroattn.grid import TokenGrid
 from paroattn.integrations.attach import Attachment, Forward
 from paroattn.integrations.descriptors import describe
 from paroattn.integrations.pipeline import Pipeline
@@ -22,6 +23,9 @@ from paroattn.integrations.rebind import AttentionCall
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
 from paroattn.runner import Dense, LayerRunner, Runner
+
+OTHER_SIZES = ("dense", "adapt", "error")
+"""What requests of another size than the plan's get: the model's own attention, an adapted plan, a `PlanError`."""
 
 
 def apply(
@@ -31,8 +35,11 @@ def apply(
     precision: str | Precision | None = None,
     strict: bool = False,
     backend: str = "auto",
+    other_sizes: str = "dense",
 ) -> Handle:
     """`paroattn.apply` with a plan, or with a precision for all blocks; either is given."""
+    if other_sizes not in OTHER_SIZES:
+        raise InputError(f"other_sizes is {other_sizes!r}; expected one of {', '.join(OTHER_SIZES)}")
     if (plan is None) == (precision is None):
         raise InputError("apply takes either a plan or a precision; got " + ("both" if plan is not None else "neither"))
     if isinstance(plan, (str, os.PathLike)):
@@ -45,7 +52,8 @@ def apply(
         text = describe(pipeline.transformers[0]).text
         if plan.grid.text_tokens and plan.grid.text_position != text:
             raise PlanError(f"plan has text tokens as {plan.grid.text_position}; this model has them as {text}")
-    return Handle(pipeline, plan, None if precision is None else Precision.parse(precision), strict, backend)
+    parsed = None if precision is None else Precision.parse(precision)
+    return Handle(pipeline, plan, parsed, strict, backend, other_sizes)
 
 
 @dataclass(frozen=True)
@@ -78,15 +86,25 @@ Observer = Callable[[int, AttentionCall], None]
 class Handle:
     """What `apply` returns; `remove()` restores the pipeline."""
 
-    def __init__(self, pipeline: Pipeline, plan: Plan | None, precision: Precision | None, strict: bool, backend: str):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        plan: Plan | None,
+        precision: Precision | None,
+        strict: bool,
+        backend: str,
+        other_sizes: str = "dense",
+    ):
         self.plan = plan
+        self._other_sizes = other_sizes
+        self._adapted: dict[tuple[int, int, int], Plan] = {}
         self._identity = pipeline.identity
         self._precision = precision
         self._backend = backend
         self.strict = strict
         self._runners: dict[tuple[Plan | None, torch.device], Runner] = {}
         self._ready_for: tuple[Runner, torch.dtype] | None = None
-        self._lock = threading.Lock()
+        self._lock, self._adapting = threading.Lock(), threading.Lock()
         self._counts: Counter[str | None] = Counter()
         self._requests = [_Request() for _ in pipeline.transformers]
         owners = [request for request, own in zip(self._requests, pipeline.layers, strict=True) for _ in own]
@@ -147,8 +165,22 @@ class Handle:
 
     def _choose(self, forward: Forward) -> Plan | Dense | None:
         """The plan of a forward call (None: all blocks), or why it stays dense."""
-        reason = self.runner(self.plan, forward.hidden_states.device).refusal(forward.grid)
-        return self.plan if reason is None else Dense(reason)
+        plan = self._plan_for(forward.grid, forward.hidden_states.device)
+        reason = self.runner(plan, forward.hidden_states.device).refusal(forward.grid)
+        if reason is not None and self._other_sizes == "error":
+            raise PlanError(f"{reason}. Calibrate at this size, or apply with other_sizes='adapt' or 'dense'.")
+        return plan if reason is None else Dense(reason)
+
+    def _plan_for(self, grid: TokenGrid | None, device: torch.device) -> Plan | None:
+        """The plan, adapted to a grid of another size if that is wanted."""
+        if self._other_sizes != "adapt" or self.plan is None or grid is None or grid.size == self.plan.grid.size:
+            return self.plan
+        with self._adapting:
+            if grid.size not in self._adapted:
+                frames, height, width = grid.size
+                own = replace(self.plan.grid, frames=frames, height=height, width=width)
+                self._adapted[grid.size] = self.plan.adapt(own, device)
+            return self._adapted[grid.size]
 
     def _observer(self) -> Observer | None:
         """What looks at the calls of a forward call that was chosen to stay dense."""

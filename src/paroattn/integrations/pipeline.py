@@ -159,3 +159,16 @@ def _watched_class(pipeline_class: Any) -> type:
     # Pipelines are saved and looked up by the name of their class.
     names = {"__module__": pipeline_class.__module__, "__qualname__": pipeline_class.__qualname__}
     return type(pipeline_class.__name__, (pipeline_class,), {"__call__": watched_call, **names})
+
+
+def identify(pipe: Any) -> ModelIdentity:
+    """What plans are checked against, of a diffusers pipeline: for plans that are made without it (`Plan.default`).
+
+    Raises:
+        InputError: no pipeline, or a transformer that paroattn does not know.
+
+    Example:
+        >>> paroattn.identify(pipe).class_name  # doctest: +SKIP
+        'WanTransformer3DModel'
+    """
+    return Pipeline(pipe).identity

@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration.costs import LEVELS, SkipCosts, block_means
-from paroattn.calibration.keep import keep_levels
 from paroattn.calibration.kernels import Kernels
+from paroattn.keep import keep_levels
 from paroattn.ops.gpu.configs import skip_cost_options
 from paroattn.ops.gpu.device import check_device, on_device_of, target_here
 
