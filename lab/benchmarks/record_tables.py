@@ -184,7 +184,7 @@ def transfer_table(records: list[dict]) -> list[str]:
             record["model"],
             record["way"],
             f"{record['psnr']:.2f}",
-            "" if record["way"] == "calibrated" else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}",
+            "" if record.get("gain") is None else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}",
             f"{record['gap_closed']:.0%}" if record["way"].startswith("from ") else "",
         )
         for record in records

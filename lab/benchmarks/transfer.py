@@ -57,29 +57,30 @@ def main() -> None:
     for name in SIZES:
         model = load_bundled(name, device=str(device))
         references = [model.generate(*pair) for pair in model.evaluation_pairs]
-        psnr: dict[str, list[float]] = {}
-        made = plans(model, arguments.density)
+        made, psnr = plans(model, arguments.density), {}
         for way, plan in made.items():
             with paroattn.apply(model.pipe, plan, strict=True):
                 frames = [model.generate(*pair) for pair in model.evaluation_pairs]
             psnr[way] = [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
-            least, most = (statistics.fmean(psnr.get(key, psnr[way])) for key in ("positions alone", "calibrated"))
-            found = statistics.fmean(psnr[way])
-            gains = [one - other for one, other in zip(psnr[way], psnr.get("calibrated", psnr[way]), strict=True)]
+        least, most = (statistics.fmean(psnr[way]) for way in ("positions alone", "calibrated"))
+        for way, plan in made.items():
+            found, gains = statistics.fmean(psnr[way]), None
+            if way != "calibrated":
+                gains = [one - other for one, other in zip(psnr[way], psnr["calibrated"], strict=True)]
             record = {
                 "kind": "plan transfer",
                 "model": name,
                 "way": way,
                 "density": plan.density(),
                 "psnr": found,
-                "gain": statistics.fmean(gains),
-                "standard_error": standard_error(gains),
-                "gap_closed": (found - least) / (most - least) if most > least else None,
-                "pairs": len(gains),
+                "gain": gains and statistics.fmean(gains),
+                "standard_error": gains and standard_error(gains),
+                "gap_closed": (found - least) / (most - least),
+                "pairs": len(psnr[way]),
                 **environment(device),
             }
             records.append(record)
-            print(f"{name}, {way}: {found:.2f} dB ({record['gain']:+.2f}), {record['gap_closed']}", flush=True)
+            print(f"{name}, {way}: {found:.2f} dB, {record['gap_closed']:.0%} of the gap", flush=True)
     if arguments.output:
         write_records(records, arguments.output)
 
