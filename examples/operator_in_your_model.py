@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import paroattn
 from paroattn.block_mask import pack_bits, text_blocks
-from paroattn.calibration.keep import keep_best
 from paroattn.calibration.statistics import block_sums
+from paroattn.keep import keep_best
 from paroattn.order import token_order
 from paroattn.plan import LayerPlan
 

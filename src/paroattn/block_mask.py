@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,3 +122,52 @@ class BlockMask:
         dense = self.to_dense()
         indices = (~dense).to(torch.uint8).sort(dim=-1, stable=True).indices
         return dense.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+    def to_flex(self, device: torch.device | str = "cpu") -> Any:
+        """The mask as PyTorch's FlexAttention takes it, over the reordered sequence.
+
+        Returns:
+            `torch.nn.attention.flex_attention.BlockMask` of one batch and these heads, all of its blocks full ones.
+
+        Example:
+            >>> mask = BlockMask.from_dense(torch.eye(3, dtype=torch.bool)[None], tokens=130).to_flex()
+            >>> mask.shape
+            (1, 1, 130, 130)
+        """
+        from torch.nn.attention.flex_attention import BlockMask as FlexMask
+
+        counts, indices = (lists.unsqueeze(0).to(device) for lists in self.kv_lists())
+        dense = self.to_dense().to(device)
+
+        def keeps(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # for what is not compiled
+            return dense[head, query // self.block_q, key // self.block_kv]
+
+        # None of the blocks are partial; full ones need indices of their own, not shared.
+        return FlexMask.from_kv_blocks(
+            torch.zeros_like(counts), indices, counts, indices.clone(),
+            BLOCK_SIZE=(self.block_q, self.block_kv), mask_mod=keeps, seq_lengths=(self.tokens, self.tokens),
+        )  # fmt: skip
+
+    def to_bsr(self, head: int) -> tuple[Tensor, Tensor]:
+        """A head's kept blocks in rows, as FlashInfer's `BlockSparseAttentionWrapper` takes them.
+
+        Returns:
+            indptr: int32 [q blocks + 1], where each row begins in `indices`.
+            indices: int32 [kept blocks], their kv blocks, ascending in each row.
+
+        Example:
+            >>> BlockMask.from_dense(torch.eye(3, dtype=torch.bool)[None], tokens=130).to_bsr(0)
+            (tensor([0, 1, 2, 3], dtype=torch.int32), tensor([0, 1, 2], dtype=torch.int32))
+        """
+        kept = unpack_bits(self.bits[head], block_count(self.tokens, self.block_kv))
+        indptr = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+        return indptr.int(), kept.nonzero()[:, 1].int()
+
+    def to_coo(self) -> Tensor:
+        """Head, q block and kv block of each kept block, int64 [3, kept blocks].
+
+        Example:
+            >>> BlockMask.from_dense(torch.eye(2, dtype=torch.bool)[None], tokens=100).to_coo().tolist()
+            [[0, 0], [0, 1], [0, 1]]
+        """
+        return self.to_dense().nonzero().T

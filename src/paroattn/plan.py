@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import count_bits, pack_bits, text_blocks
+from paroattn.block_mask import BlockMask, count_bits, pack_bits, text_blocks
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
 from paroattn.keep import check_density, check_reachable, keep_best
@@ -190,6 +190,11 @@ class Plan:
             )
             for layer in range(self.model.layers)
         ]
+
+    def mask(self, bucket: int, layer: int) -> BlockMask:
+        """The masks of a layer's heads in a step bucket, over the sequence in each head's order."""
+        bits = self.mask_table[self.mask_index[bucket, layer].long()]
+        return BlockMask(bits, self.grid.tokens, self.block_q, self.block_kv)
 
     def adapt(self, grid: TokenGrid, device: torch.device | str = "cpu") -> Plan:
         """The plan for another grid: each block keeps what lies as far from it as what this plan keeps at its place.

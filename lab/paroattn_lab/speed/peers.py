@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from paroattn.block_mask import BLOCK
+from paroattn.block_mask import BLOCK, BlockMask
 from paroattn.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,7 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         raise InputError("FlexAttention is timed with a mask")
     tokens = query.shape[2]
     block_q = BLOCK * -(-mask.shape[2] // mask.shape[1])
-    counts = mask.sum(-1, dtype=torch.int32).unsqueeze(0)
-    indices = mask.int().argsort(dim=-1, descending=True, stable=True).int().unsqueeze(0)
-    none = torch.zeros_like(counts)  # of the blocks are partial; full ones need indices of their own, not shared
-    flex_mask = flex.BlockMask.from_kv_blocks(
-        none, indices, counts, indices.clone(), BLOCK_SIZE=(block_q, BLOCK), seq_lengths=(tokens, tokens)
-    )
+    flex_mask = BlockMask.from_dense(mask, tokens, block_q).to_flex(query.device)
     compiled: Callable[..., Any] = torch.compile(flex.flex_attention)
     # Its own choice of tiles for GPUs may be larger than the mask's blocks, which it then refuses.
     tiles = {"BLOCK_M": block_q, "BLOCK_N": BLOCK} if query.device.type == "cuda" else None
