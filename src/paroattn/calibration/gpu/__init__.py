@@ -138,9 +138,9 @@ def _skip_costs(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    constants = {"D": width, **skip_cost_options(target_here(device), width)}
     # Costs rank blocks, for which a P of 16 bits will do; of what is left in the end at high densities it would not.
-    constants["ROUNDED"] = q.dtype != torch.float32 and not len(levels)
+    rounded = q.dtype != torch.float32 and not len(levels)
+    constants = {"D": width, "ROUNDED": rounded, **skip_cost_options(target_here(device), width, rounded=rounded)}
     lse, output = new(heads, tiles * BLOCK), new(heads, tiles * BLOCK, width)
     kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, scale, tokens, rows, **constants)
 
