@@ -309,8 +309,7 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         types = {key: value for key, value in _POINTERS.items() if key in function.arg_names and key not in constants}
         options = {"num_warps": 8 if kernel == "channel_statistics" else 4}
         if kernel.partition(",")[0] in _SKIP_COSTS:
-            rounded = bool(constants.get("ROUNDED"))
-            options = configs.skip_cost_options(target, head_dim, rounded=rounded, of_lists=kernel == "kept_errors")
+            options = configs.skip_cost_options(target, head_dim, of_lists=kernel == "kept_errors")
         report = describe(compile_kernel(function, target, types, constants, **options))
         name, wrong = kernel, [f"{report.spills} spills"] if report.spills else []
         if report.shared > SHARED_MEMORY[target]:

@@ -140,7 +140,7 @@ def _skip_costs(
 
     # Costs rank blocks, for which a P of 16 bits will do; of what is left in the end at high densities it would not.
     rounded = q.dtype != torch.float32 and not len(levels)
-    constants = {"D": width, "ROUNDED": rounded, **skip_cost_options(target_here(device), width, rounded=rounded)}
+    constants = {"D": width, "ROUNDED": rounded, **skip_cost_options(target_here(device), width)}
     lse, output = new(heads, tiles * BLOCK), new(heads, tiles * BLOCK, width)
     kernels.attend_rows[(tiles, heads)](q, k, v, lse, output, scale, tokens, rows, **constants)
 

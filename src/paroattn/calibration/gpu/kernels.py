@@ -168,12 +168,13 @@ def block_costs(
     for block in range(0, blocks):
         p = _rounded(tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None]), v_ptr, ROUNDED)
         share = tl.sum(p, 1)
-        surrogate = tl.load(surrogate_ptr + block * padded + row)
+        first = tl.cast(block, tl.int64) * padded
+        surrogate = tl.load(surrogate_ptr + first + row)
         dropped, approximated = _costs(p, share, surrogate, output_low, v_ptr, mean_v_ptr, block, low, D, ROUNDED)
         more_dropped, more_approximated = _costs(
             p, share, surrogate, output_high, v_ptr, mean_v_ptr, block, high, D, ROUNDED
         )
-        part_ptr = parts_ptr + block * 3 * padded + row
+        part_ptr = parts_ptr + first * 3 + row
         tl.store(part_ptr, share)
         tl.store(part_ptr + padded, dropped + more_dropped)
         tl.store(part_ptr + 2 * padded, approximated + more_approximated)
@@ -213,7 +214,7 @@ def kept_errors(
     for number in range(0, end):
         block = tl.load(lists_ptr + list_row + number)
         p = tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None])
-        surrogate = tl.load(surrogate_ptr + block * (tiles * BLOCK_KV) + row) * approximated
+        surrogate = tl.load(surrogate_ptr + block.to(tl.int64) * (tiles * BLOCK_KV) + row) * approximated
         mean_v = tl.load(mean_v_ptr + block * D + channel)
         part = _weighted(p, _tile(v_ptr, block, D), False)
         acc += part - surrogate[:, None] * mean_v[None, :]

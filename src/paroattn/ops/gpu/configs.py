@@ -118,14 +118,11 @@ def queries_per_program(head_dim: int, mask_block_q: int | None, tokens: int) ->
     return mask_block_q or 128
 
 
-def skip_cost_options(target: str, head_dim: int, *, rounded: bool = False, of_lists: bool = False) -> dict[str, int]:
-    """How calibration's kernels are compiled without spills; head_dim 64 or 128.
-
-    rounded: P is multiplied in one part; of_lists: for the kernel that walks over lists.
-    """
+def skip_cost_options(target: str, head_dim: int, *, of_lists: bool = False) -> dict[str, int]:
+    """How calibration's kernels, or the one that walks over lists, are compiled without spills; head_dim 64 or 128."""
     if target == "gfx942":
         return {"num_warps": 4, "num_stages": 1}
     if of_lists:
         return {"num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
     wide = head_dim == 128 and target not in ("sm90", "sm100")
-    return {"num_warps": 8 if wide else 4, "num_stages": 1 if wide and not rounded else 2}
+    return {"num_warps": 8 if wide else 4, "num_stages": 3 if wide else 2}
