@@ -118,9 +118,13 @@ def _forced(score: Tensor, required: Tensor) -> Tensor:
 
 def least_density(grid: TokenGrid, block_q: int = 64) -> float:
     """What text blocks and one block per row need: the least density that `keep_best` reaches."""
-    forced = text_blocks(grid, block_q)
-    forced[~forced.any(-1), 0] = True
-    return float(forced.double().mean())
+    required = text_blocks(grid, block_q)
+    return least_blocks(required) / required.numel()
+
+
+def least_blocks(required: Tensor) -> int:
+    """How many blocks `keep_best` keeps at least: the required ones, bool [q blocks, kv blocks], and one per row."""
+    return int(required.sum()) + int((~required.any(-1)).sum())
 
 
 def check_density(density: float) -> None:

@@ -47,6 +47,17 @@ def token_order(name: str, grid: TokenGrid) -> Tensor:
     return torch.cat((visual + grid.visual_start, torch.arange(text_start, text_start + grid.text_tokens)))
 
 
+def token_places(name: str, grid: TokenGrid) -> Tensor:
+    """Frame, row and column of each visual token of the reordered sequence, int64 [visual tokens, 3].
+
+    Example:
+        >>> token_places("WHF", TokenGrid(2, 1, 3)).tolist()
+        [[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 0, 1], [0, 0, 2], [1, 0, 2]]
+    """
+    token = token_order(name, grid)[: grid.visual_tokens] - grid.visual_start
+    return torch.stack(torch.unravel_index(token, grid.size), -1)
+
+
 def check_order(name: str, grid: TokenGrid) -> None:
     """Raise `InputError` unless `token_order` has an order of this name for the grid."""
     if name not in AXIS_ORDERS:
@@ -99,12 +110,9 @@ def same_blocks(name: str, old: TokenGrid, new: TokenGrid) -> str:
 
 def _box_of_first_block(name: str, grid: TokenGrid) -> tuple[int, ...] | None:
     """Sides of the box that the first block of an order is, or None if it is none."""
-    token = token_order(name, grid)[:BLOCK] - grid.visual_start
-    if grid.visual_tokens < BLOCK:
-        return None
-    places = torch.stack(torch.unravel_index(token, grid.size))
-    sides = tuple((places.amax(1) - places.amin(1) + 1).tolist())
-    return sides if math.prod(sides) == BLOCK else None
+    places = token_places(name, grid)[:BLOCK]
+    sides = tuple((places.amax(0) - places.amin(0) + 1).tolist())
+    return sides if math.prod(sides) == len(places) == BLOCK else None
 
 
 def _partition(block_of: Tensor) -> bytes:

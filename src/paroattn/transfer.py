@@ -8,7 +8,7 @@ from torch import Tensor
 from paroattn.block_mask import BLOCK, block_count, pack_bits, text_blocks, unpack_bits, visual_blocks
 from paroattn.grid import TokenGrid
 from paroattn.keep import keep_counts
-from paroattn.order import token_order
+from paroattn.order import inverse_order, token_order, token_places
 
 _PAIRS = 8  # of tokens that stand for all of two blocks
 _NEARNESS = 1e-3  # decides between blocks that cover as much of what was kept
@@ -41,6 +41,7 @@ def resample_masks(
     """
     rows, columns = (x.to(device) for x in _old_blocks(order_name, old, new_name, new, block_q))
     required = text_blocks(new, block_q).to(device)
+    always = int(required.sum())
     nearness = _NEARNESS * (1 - block_distances(new_name, new, block_q)).to(device)
     old_columns = block_count(old.tokens, BLOCK)
     place = rows.unsqueeze(1) * old_columns + columns
@@ -48,7 +49,7 @@ def resample_masks(
     for own in bits:
         kept = unpack_bits(own.to(device), old_columns)
         share = float(kept[visual_blocks(old, block_q)].double().mean().nan_to_num(1.0))
-        count = round(share * int((~required).sum())) + int(required.sum())
+        count = round(share * (required.numel() - always)) + always
         seen = kept.flatten()[place].float().mean(-1)
         mask = keep_counts((seen + nearness).unsqueeze(0), torch.tensor([count]), required)
         made.append(pack_bits(mask).cpu())
@@ -61,7 +62,8 @@ def block_distances(order_name: str, grid: TokenGrid, block_q: int = BLOCK) -> T
     All frames together are a fifth: attention reaches farther in time. Blocks of text alone lie in the first corner.
     """
     token = torch.arange(grid.visual_tokens)
-    places = _places(order_name, grid) / torch.tensor(grid.size) * torch.tensor((_FRAMES_APART, 1.0, 1.0))
+    lengths = torch.tensor((_FRAMES_APART, 1.0, 1.0))
+    places = (token_places(order_name, grid) + 0.5) / torch.tensor(grid.size) * lengths
 
     def centres(block: int) -> Tensor:
         sums = torch.zeros(block_count(grid.tokens, block), 3).index_add_(0, token // block, places)
@@ -70,19 +72,11 @@ def block_distances(order_name: str, grid: TokenGrid, block_q: int = BLOCK) -> T
     return torch.cdist(centres(block_q), centres(BLOCK))
 
 
-def _places(order_name: str, grid: TokenGrid) -> Tensor:
-    """Where each visual token of the reordered sequence stands, float32 [tokens, 3]: frame, row and column, at their
-    middles.
-    """
-    token = token_order(order_name, grid)[: grid.visual_tokens] - grid.visual_start
-    return torch.stack(torch.unravel_index(token, grid.size), -1) + 0.5
-
-
 def _old_blocks(order_name: str, old: TokenGrid, new_name: str, new: TokenGrid, block_q: int) -> tuple[Tensor, Tensor]:
     """Which blocks of the old grid stand for pairs of tokens of new blocks: rows int64 [q blocks, pairs] and columns
     [q blocks, kv blocks, pairs].
     """
-    places, sizes = _places(new_name, new), torch.tensor(old.size)
+    places, sizes = token_places(new_name, new) + 0.5, torch.tensor(old.size)
 
     def some(block: int) -> Tensor:
         """Places of tokens that are spread over each block."""
@@ -90,8 +84,7 @@ def _old_blocks(order_name: str, old: TokenGrid, new_name: str, new: TokenGrid, 
         inner = torch.arange(_PAIRS) * (block // _PAIRS) + block // _PAIRS // 2
         return places[(first + inner).clamp(max=new.visual_tokens - 1)]
 
-    order = token_order(order_name, old)
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    position = inverse_order(token_order(order_name, old))
 
     def old_block(place: Tensor, block: int) -> Tensor:
         frame, row, column = torch.minimum(place.long().clamp(min=0), sizes - 1).unbind(-1)

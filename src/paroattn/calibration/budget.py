@@ -20,7 +20,7 @@ from paroattn.calibration.costs import COMPENSATE, DROP, LEVELS
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
-from paroattn.keep import check_density, check_reachable, keep_counts, least_density
+from paroattn.keep import check_density, check_reachable, keep_counts, least_blocks, least_density
 from paroattn.plan import ModelIdentity, Plan, bucket_lengths
 from paroattn.quantize import Precision
 
@@ -177,7 +177,7 @@ def select_by_cost(
 def _whole_blocks(densities: Tensor, shares: Tensor, sparse: Tensor, required: Tensor) -> Tensor:
     """How many blocks each head keeps, int64 like densities: what rounding one leaves to spend goes to the next."""
     counts = torch.full(densities.shape, required.numel())
-    least = int(required.sum()) + int((~required.any(1)).sum())  # and one block of each row
+    least = least_blocks(required)
     owed = 0.0  # blocks times share of all calls
     for place in map(tuple, sparse.nonzero().tolist()):
         share, wanted = float(shares[place]), float(densities[place]) * required.numel()
