@@ -12,14 +12,17 @@ import torch
 
 import paroattn
 from paroattn import InputError, PlanError, TokenGrid
+from paroattn.calibration.capture import BlockCosts
 from paroattn.calibration.observation import Observation, early_weights, head_weights
+from paroattn.calibration.run import QUICK
 from paroattn.calibration.self_calibrating import OBSERVED
 from paroattn.integrations.apply import UNSEEN
 from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
+from paroattn.plan import Plan
 from paroattn.plan_cache import PlanCache
 
-SETTINGS = {"density": 0.75, "progress": False}
+SETTINGS = {"density": 0.75, "requests": 1, "progress": False}
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def pipe():
 
 def test_the_first_request_is_the_models_own_and_the_second_runs_as_its_plan_says(pipe, tmp_path, capsys):
     own = tiny.latents(pipe)
-    with paroattn.apply(pipe, density=0.75, precision="int8", cache=tmp_path, strict=True) as handle:
+    with paroattn.apply(pipe, density=0.75, precision="int8", requests=1, cache=tmp_path, strict=True) as handle:
         assert not handle.ready
         assert torch.equal(tiny.latents(pipe), own)
         assert handle.ready
@@ -64,6 +67,49 @@ def test_later_processes_find_the_plan(pipe, tmp_path, monkeypatch):
     with paroattn.apply(pipe, density=0.8, cache=tmp_path, progress=False) as handle:
         tiny.latents(pipe)
         assert handle.report().planned == 0  # that of another density does not serve
+
+
+def test_later_requests_run_with_the_plan_and_make_it_better(pipe, tmp_path, capsys):
+    settings = {**SETTINGS, "requests": 3, "progress": True}
+    with paroattn.apply(pipe, cache=tmp_path, **settings) as handle:
+        tiny.latents(pipe)
+        first = handle.plan
+        second_request = tiny.latents(pipe, seed=8)
+        second = handle.plan
+        assert not torch.equal(first.mask_table[first.mask_index], second.mask_table[second.mask_index])
+        assert handle.report().planned == 2 * tiny.STEPS
+        assert "of 2 requests" in handle.report().plans[str(tiny.GRID)]
+        assert {plan for plan, _ in handle._runners} <= {second}
+        tiny.latents(pipe, seed=8, steps=tiny.STEPS + 1)  # another schedule tells nothing of this one's buckets
+        assert handle.plan is second
+        tiny.latents(pipe, seed=9)
+        third = handle.plan
+        tiny.latents(pipe, seed=10)
+        assert handle.plan is third
+        assert third.provenance["requests"] == 3
+    with paroattn.apply(pipe, first):
+        assert torch.equal(tiny.latents(pipe, seed=8), second_request)
+    entry = PlanCache(tmp_path).entries()
+    assert len(entry) == 1
+    assert Plan.load(entry[0].path).provenance["requests"] == 3
+    assert [line.count("requests,") for line in capsys.readouterr().err.splitlines()] == [0, 0, 1, 1]
+
+
+def test_a_later_request_that_ends_early_leaves_the_plan_as_it_is(pipe, tmp_path):
+    def stop(pipe, step, *_):
+        if step == 2:
+            raise RuntimeError("stopped")
+        return {}
+
+    with paroattn.apply(pipe, cache=tmp_path, **{**SETTINGS, "requests": 2}) as handle:
+        tiny.latents(pipe)
+        plan = handle.plan
+        with pytest.raises(RuntimeError, match="stopped"):
+            tiny.latents(pipe, callback=stop)
+        assert handle.plan is plan
+        assert "ended early" not in handle.report().plans[str(tiny.GRID)]
+        tiny.latents(pipe)
+        assert handle.plan is not plan
 
 
 def test_sizes_in_turn_have_plans_of_their_own(pipe, tmp_path):
@@ -204,6 +250,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_plan_is_used(pipe, tmp_
         ({"density": 1.5}, "density is 1.5; expected a number above 0, up to 1"),
         ({"density": 0.3, "precision": "int4"}, "precision 'int4' needs to know which heads it harms"),
         ({"density": 0.3, "precision": "int3"}, "int3"),
+        ({"density": 0.3, "requests": 0}, "requests is 0; expected at least 1"),
         ({"density": 0.3, "plan": "a.safetensors"}, "apply takes either a plan or a density; got both"),
         ({}, "apply takes either a plan or a precision; got neither"),
     ],
@@ -256,6 +303,33 @@ def test_buckets_before_orders_are_known_take_the_costs_of_the_next_one(pipe):
         for layer in range(2):
             again.add(replace(observed_call(layer, step, schedule), layer=layer))
     assert not torch.equal(again.plan(0.5, paroattn.Precision(), torch.device("cpu")).mask_table, plan.mask_table)
+
+
+def test_later_requests_add_to_costs_and_bring_those_of_early_buckets(pipe):
+    schedule = tuple(1 - step / 10 for step in range(10))
+    observation = Observation(Pipeline(pipe).identity, TokenGrid(4, 6, 8), schedule, 8.0, [None, None])
+    for seed in range(2):
+        if seed:
+            observation.next_request()
+            assert not observation.is_of_use
+        for step in range(10):
+            for layer in range(2):
+                observation.add(observed_call(layer, step, schedule, seed))
+        assert observation.is_of_use
+        observation.plan(0.5, paroattn.Precision(), torch.device("cpu"))  # gives early buckets costs of later ones
+    costs, errors = observation._costs.means()[1:3]
+    assert not torch.equal(costs[:, 0], costs[:, 1])
+
+    alone = BlockCosts(10, observation._names, observation._index, TokenGrid(4, 6, 8), row_share=QUICK.cost_rows,
+        error_share=QUICK.error_rows, in_bytes=True)  # fmt: skip
+    for step in range(10):
+        for seed in range(2) if step > 1 else (1,):
+            for layer in range(2):
+                alone.add(step, observed_call(layer, step, schedule, seed))
+    expected_costs, expected_errors = alone.means()[1:3]
+    for bucket in (0, *range(2, 10)):
+        assert torch.equal(costs[:, bucket], expected_costs[:, bucket])
+        assert torch.equal(errors[:, bucket], expected_errors[:, bucket])
 
 
 def test_heads_weigh_as_much_as_their_layers_projection_makes_of_them():

@@ -94,7 +94,7 @@ def call_arguments(steps=STEPS, guidance_scale=1.0, height=GRID.height * 16, see
 
 
 def latents(pipe, **changes):
-    return pipe(**call_arguments(seed=7, **changes)).frames
+    return pipe(**call_arguments(**{"seed": 7, **changes})).frames
 
 
 def schedule_of(steps=STEPS, shift=3.0):

@@ -54,7 +54,7 @@ def sampling_table(records: list[dict]) -> list[str]:
         *table(heads, rows),
         "",
         f"Mean over {first['pairs']} prompt/seed pairs; difference with the standard error of the paired differences. "
-        f"Beside a request, seconds are those that it took longer. {surroundings(first)}.",
+        f"Beside requests, seconds are those that the last one took longer than a dense one. {surroundings(first)}.",
     ]
 
 
@@ -76,7 +76,7 @@ def model_calibration_table(records: list[dict]) -> list[str]:
         for record in records
     ]
     heads = ("model", "layers", "steps", *names.values(), "one generation", "50 steps, compiled")
-    heads += ("peak GiB on the GPU", "GB on the host", "request that is observed, and a dense one")
+    heads += ("peak GiB on the GPU", "GB on the host", "a dense request, one that is observed, the next, later ones")
     return [
         *table(heads, rows),
         "",
@@ -93,11 +93,13 @@ def _compiled(record: dict) -> str:
 
 
 def _observed(record: dict) -> str:
-    """Seconds of a request beside which a plan is made, and of one with as many steps that is not observed."""
+    """Seconds of a dense request, of those beside which a plan is made, and of one that runs with it."""
     if not record.get("observed_steps"):
         return ""
     seconds = record["seconds"]
-    return f"{seconds['observed request']:.0f}, {seconds['dense request']:.0f} ({record['observed_steps']} steps)"
+    names = ("dense request", "observed request", "observed planned request", "planned request")
+    found = ", ".join(f"{seconds[name]:.0f}" for name in names if name in seconds)
+    return f"{found} ({record['observed_steps']} steps)"
 
 
 def calibration_table(records: list[dict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What plans lose on the bundled video models that are made of a part of attention, or beside one request.
+"""What plans lose on the bundled video models that are made of a part of attention, or beside requests.
 
 python lab/benchmarks/gpu/sampling.py [--output FILE.jsonl]
 
@@ -27,6 +27,7 @@ from paroattn.plan import Plan
 
 DENSITIES = (0.3, 0.2)
 SEEDS = (0, 1, 2)  # of the quick calibrations
+THIRD_PROMPT = "a slow green four over the rocket camera up"  # of the requests; those for calibration are the others
 
 Plans = Callable[[float], Plan]
 
@@ -40,20 +41,30 @@ def ways(model: BundledModel, device: torch.device) -> Iterator[tuple[str, float
         start = now(device)
         costs = collect_costs(model.pipe, prompts, densities=DENSITIES, progress=False, **how)
         yield name, now(device) - start, lambda density, costs=costs: select_by_cost(costs, density=density)
-    for number, prompt in enumerate(model.calibration_prompts):
-        start = now(device)
-        model.generate(prompt, number)
-        dense = now(device) - start
-        plans = {}
-        start = now(device)
-        for density in DENSITIES:
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                paroattn.apply(model.pipe, density=density, cache=folder, progress=False) as handle,
-            ):
-                model.generate(prompt, number)
-                plans[density] = handle.plan
-        yield f"beside a request, prompt {number}", (now(device) - start) / len(DENSITIES) - dense, plans.__getitem__
+    for first in range(len(model.calibration_prompts)):
+        yield from beside_requests(model, device, first)
+
+
+def beside_requests(model: BundledModel, device: torch.device, first: int) -> Iterator[tuple[str, float, Plans]]:
+    """Plans after one request, two and three; the seconds that the request took longer than a dense one."""
+    requests = [*model.calibration_prompts[first:], *model.calibration_prompts[:first], THIRD_PROMPT]
+    start = now(device)
+    model.generate(requests[0], first)
+    dense = now(device) - start
+    plans: list[dict[float, Plan]] = [{} for _ in requests]
+    seconds = [0.0 for _ in requests]
+    for density in DENSITIES:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            paroattn.apply(model.pipe, density=density, requests=len(requests), cache=folder, progress=False) as handle,
+        ):
+            for number, prompt in enumerate(requests):
+                start = now(device)
+                model.generate(prompt, first + number)
+                seconds[number] += (now(device) - start - dense) / len(DENSITIES)
+                plans[number][density] = handle.plan
+    for number, made in enumerate(plans):
+        yield f"beside {number + 1} of the requests from prompt {first}", seconds[number], made.__getitem__
 
 
 def main() -> None:

@@ -343,6 +343,13 @@ class BlockCosts(Accumulator):
         for tensor in (self._norms, self._samples):
             tensor[to, layer] = tensor[bucket, layer]
 
+    def clear(self, bucket: int, layer: int) -> None:
+        """Forget what a bucket has of a layer."""
+        for tensor in (self._errors, self._costs):
+            tensor[:, bucket, layer] = 0
+        for tensor in (self._norms, self._samples):
+            tensor[bucket, layer] = 0
+
     def _add(self, found: Sequence[SkipCosts], bucket: int, layer: int) -> None:
         """Take block sums and costs of the heads of a layer."""
         if self._block_sums is not None:

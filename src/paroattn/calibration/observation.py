@@ -1,8 +1,9 @@
-"""What one generation tells of a pipeline's attention, and the plan that it makes: no other generation is needed.
+"""What requests tell of a pipeline's attention, and the plan that it makes: no other generation is needed.
 
-Token orders are compared in an early step of each transformer, costs of blocks are measured in one later step of each
-step bucket. What errors do to the final result is not measured: that of a step is taken from models that were, that of
-a head from what its layer's output projection makes of it (docs/fidelity.md).
+Token orders are compared in an early step of each transformer of the first request. Costs of blocks are measured in one
+step of each step bucket: of later ones in the first request, of all in the next. What errors do to the final result is
+not measured: that of a step is taken from models that were, that of a head from what its layer's output projection
+makes of it (docs/fidelity.md).
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ _EARLY_WEIGHT, _EARLY_LEVEL, _EARLY_WIDTH = 2.5, 0.9, 0.02  # see `early_weights
 
 
 class Observation:
-    """Statistics of one generation with the model's own attention.
+    """Statistics of generations with one schedule, the first of which runs with the model's own attention.
 
     Args:
         model, grid: of the pipeline.
         schedule: noise level of each step, descending.
         memory_gb: as in `paroattn.calibrate`.
         projections: of the outputs of each layer's heads, None for layers that have none of their own.
+
+    Attributes:
+        requests: whose calls were taken, the present one included.
 
     Raises:
         InputError: statistics that fit neither in memory nor on the disk.
@@ -52,7 +56,7 @@ class Observation:
         memory_gb: float,
         projections: Sequence[Callable[[Tensor], Tensor] | None],
     ):
-        self._model, self._grid, self._schedule, self._projections = model, grid, schedule, projections
+        self._model, self.grid, self.schedule, self._projections = model, grid, schedule, projections
         steps = len(schedule)
         self._edges = bucket_edges_by_change([1.0] * (steps - 1), _MOST_BUCKETS)
         self._buckets = [bucket_of(self._edges, step, steps) for step in range(steps)]
@@ -68,19 +72,29 @@ class Observation:
             in_bytes=True, new_zeros=lambda shape, dtype: Checkpoint().zeros(shape, dtype, memory_gb * 1e9),
             kernels_for=calibration_kernels,
         )  # fmt: skip
-        self._calls: dict[int, set[int]] = {}  # steps in which each layer was called
-        self._measured: set[tuple[int, int]] = set()  # (bucket, layer)
+        self._calls: dict[int, set[int]] = {}  # steps of the first request in which each layer was called
+        self._seen: set[tuple[int, int]] = set()  # (step, layer) of this request
+        self._new: set[tuple[int, int]] = set()  # (bucket, layer) that were measured in this request
+        self._measured: set[tuple[int, int]] = set()  # in this one or an earlier one
+        self.requests = 1
         self._head_weights: dict[int, Tensor] = {}  # of each layer that has a projection
 
+    def next_request(self) -> None:
+        """The calls that follow belong to another generation with the same schedule."""
+        self.requests += 1
+        self._seen, self._new = set(), set()
+
     def add(self, call: ObservedCall) -> None:
-        """Take one attention call; of each step and layer the first one counts."""
-        steps = self._calls.setdefault(call.layer, set())
-        if call.step in steps:
+        """Take one attention call; of each step and layer of a request the first one counts."""
+        if (call.step, call.layer) in self._seen:
             return
-        steps.add(call.step)
-        since = call.step - min(steps)  # a second transformer begins later
-        call = call.first(1)
-        if since == self._order_step:
+        self._seen.add((call.step, call.layer))
+        call, is_first = call.first(1), self.requests == 1
+        steps = self._calls.setdefault(call.layer, set())
+        if is_first:
+            steps.add(call.step)
+        since = call.step - min(steps, default=call.step)  # a second transformer begins later
+        if is_first and since == self._order_step:
             if len(self._names) > 1:
                 self._orders.add(call)
             self._index[call.layer] = self._orders.choose()[call.layer]
@@ -90,14 +104,18 @@ class Observation:
                 self._head_weights[call.layer] = head_weights(projection, call.query[0, 0])
         bucket = self._buckets[call.step]
         middle = self._buckets.index(bucket) + (self._buckets.count(bucket) - 1) // 2
-        if since >= self._order_step and call.step >= middle and (bucket, call.layer) not in self._measured:
-            self._measured.add((bucket, call.layer))
+        place = bucket, call.layer
+        if (not is_first or since >= self._order_step) and call.step >= middle and place not in self._new:
+            self._new.add(place)
+            if place not in self._measured:
+                self._costs.clear(*place)  # of what `_fill` put there
+                self._measured.add(place)
             self._costs.add(bucket, call)
 
     @property
     def is_of_use(self) -> bool:
-        """Whether costs of any layer were measured."""
-        return bool(self._measured)
+        """Whether the last request told anything."""
+        return bool(self._new)
 
     def plan(self, density: float, precision: Precision, device: torch.device) -> Plan:
         """The plan of a density; blocks are chosen on `device`."""
@@ -110,7 +128,7 @@ class Observation:
         used, index = torch.unique(self._index, return_inverse=True)
         measured = {layer for _, layer in self._measured}
         called = [(step, layer) for layer, steps in self._calls.items() if layer in measured for step in steps]
-        levels = torch.tensor(self._schedule, dtype=torch.float64)
+        levels = torch.tensor(self.schedule, dtype=torch.float64)
         of_bucket = torch.tensor(self._buckets)
         mean_level = torch.stack([levels[of_bucket == bucket].mean() for bucket in range(len(self._edges))])
         known = list(self._head_weights.values())
@@ -120,10 +138,10 @@ class Observation:
         )
         return CostStatistics(
             model=self._model,
-            grid=self._grid,
+            grid=self.grid,
             order_names=tuple(self._names[number] for number in used.tolist()),
             order_index=index.to(torch.uint8),
-            schedule=self._schedule,
+            schedule=self.schedule,
             bucket_edges=self._edges,
             block_q=BLOCK,
             block_sums=sums,
@@ -132,11 +150,12 @@ class Observation:
             norms=norms,
             weights=early_weights(mean_level).view(-1, 1, 1) * of_heads,
             int4_effects=torch.zeros_like(norms[0]),
-            usage=usage_of(called, self._edges, len(self._schedule), self._model.layers),
+            usage=usage_of(called, self._edges, len(self.schedule), self._model.layers),
             provenance={
                 "paroattn": version("paroattn"),
-                "method": "paroattn, beside one generation",
-                "num_inference_steps": len(self._schedule),
+                "method": "paroattn, beside requests",
+                "num_inference_steps": len(self.schedule),
+                "requests": self.requests,
             },
         )
 

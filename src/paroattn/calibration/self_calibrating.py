@@ -1,4 +1,7 @@
-"""Applying without a plan: the first request of a size is observed, later ones run with the plan that came of it."""
+"""Applying without a plan: the first request of a size is observed, later ones run with the plan that came of it.
+
+The next few are observed as well while they run with it, and make it better.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ def apply(
     backend: str = "auto",
     other_sizes: str = "dense",
     cache: str | os.PathLike[str] | PlanCache | None = None,
+    requests: int = 3,
     memory_gb: float = 8.0,
     progress: bool = True,
 ) -> Handle:
@@ -47,7 +51,8 @@ def apply(
 
     With a density instead of a plan, the pipeline calibrates itself: the first request of each size runs with the
     model's own attention and is observed, and later ones of that size, also of later processes, run with the plan that
-    came of it. `paroattn.calibrate` takes longer and makes better plans (docs/fidelity.md).
+    came of it. `paroattn.calibrate` takes longer and makes better plans (docs/fidelity.md). Code that was compiled
+    cannot be observed: generate once before compiling.
 
     Args:
         pipe: a diffusers pipeline whose transformer paroattn knows (docs/models.md).
@@ -64,8 +69,11 @@ def apply(
             plan fitted to them (`Plan.adapt`) at the first one; "error", a `PlanError`. With a density each size gets a
             plan of its own.
         cache: the folder of plans that were made, or a `PlanCache`; default: the user's (docs/how-to.md).
-        memory_gb: host memory for what skipping blocks costs while a request is observed, in 10^9 bytes; what takes
-            more lies in a temporary file.
+        requests: how many requests of a size its plan is made of. The first runs with the model's own attention, the
+            next ones with the plan so far, and each makes it better, best with another prompt each; they have to come
+            in one process, and all of one size before those of another.
+        memory_gb: host memory for what skipping blocks costs from the first of these requests to the last, in 10^9
+            bytes; what takes more lies in a temporary file.
         progress: say on stderr when a plan is made or found.
 
     Returns:
@@ -92,11 +100,13 @@ def apply(
             "precision 'int4' needs to know which heads it harms, which one request does not tell; make a plan with "
             "paroattn.calibrate, or ask for int8"
         )
+    if requests < 1:
+        raise InputError(f"requests is {requests}; expected at least 1")
     check_precision(pipe, parsed)
     plans = cache if isinstance(cache, PlanCache) else PlanCache(cache)
     return SelfCalibratingHandle(
-        Pipeline(pipe), PlanWish(density, parsed), plans, strict=strict, backend=backend, memory_gb=memory_gb,
-        progress=progress,
+        Pipeline(pipe), PlanWish(density, parsed), plans, strict=strict, backend=backend, requests=requests,
+        memory_gb=memory_gb, progress=progress,
     )  # fmt: skip
 
 
@@ -111,17 +121,20 @@ class SelfCalibratingHandle(Handle):
         *,
         strict: bool,
         backend: str,
+        requests: int,
         memory_gb: float,
         progress: bool,
     ):
         self._wish = wish
         self._cache = cache
+        self._most_requests = requests
         self._memory_gb = memory_gb
         self._progress = progress
         self._pipeline = pipeline
         self._plans: dict[tuple[int, int, int], Plan | Dense] = {}
         self._states: dict[str, str] = {}
         self._observed: _ObservedRequest | None = None
+        self._observation: Observation | None = None  # of the last size, as long as more requests can add to it
         super().__init__(pipeline, None, None, strict, backend)
 
     @property
@@ -149,13 +162,15 @@ class SelfCalibratingHandle(Handle):
         request = self._own_request
         if request is not None:
             if request.goes_on(forward, self._pipeline.scheduler):
-                return Dense(OBSERVED)
+                return request.attention
             self._finish(request)  # a host that does not call the pipeline has begun another generation
         if grid.size not in self._plans:
             self._look_for(forward)
+        elif self._observation is not None and self._observation.grid.size == grid.size:
+            self._begin(forward, self._observation)
         chosen = self._plans.get(grid.size, Dense("another request is being observed"))
         self.plan = chosen if isinstance(chosen, Plan) else None
-        return chosen if self._own_request is None else Dense(OBSERVED)
+        return chosen if self._own_request is None else self._own_request.attention
 
     @property
     def _own_request(self) -> _ObservedRequest | None:
@@ -179,11 +194,26 @@ class SelfCalibratingHandle(Handle):
             self._plans[size] = found
             self._say(name, f"density {found.density():.3f}, from {self._cache.folder}")
             return
+        if self._begin(forward, None):
+            self._say(name, "being made; this request runs with the model's own attention")
+
+    def _begin(self, forward: Forward, earlier: Observation | None) -> bool:
+        """Begin to observe a request, the first one of its size or after earlier ones, unless another one is."""
+        assert forward.grid is not None
         with self._lock:
             if self._observed is not None and self._observed.thread.is_alive():
-                return
-            self._observed = _ObservedRequest(forward, self._pipeline, self._memory_gb)
-        self._say(name, "being made; this request runs with the model's own attention")
+                return False
+            attention = Dense(OBSERVED) if earlier is None else self._plans[forward.grid.size]
+            request = _ObservedRequest(forward, self._pipeline, attention)
+            if earlier is None:
+                self._observation = None  # gives its memory back before another one is made
+                earlier = request.new_observation(self._pipeline, self._memory_gb)
+            elif earlier.schedule != request.levels:
+                return False
+            else:
+                earlier.next_request()
+            self._observed, request.observation = request, earlier
+        return True
 
     def _observer(self) -> Observer | None:
         request = self._own_request
@@ -199,21 +229,33 @@ class SelfCalibratingHandle(Handle):
         """Make the plan of a request that has ended, and keep it."""
         self._observed = None
         name = str(request.grid)
+        is_first = isinstance(request.attention, Dense)
         if not request.is_complete:
-            self._say(name, "not made: the request ended early; the next one will be observed")
+            if is_first:
+                self._say(name, "not made: the request ended early; the next one will be observed")
             return
-        if not request.observation.is_of_use:
-            self._say(name, "not made: no attention call of this size could be observed")
+        observation = request.observation
+        if not observation.is_of_use:
+            if is_first:
+                self._say(name, "not made: no attention call of this size could be observed")
             return
         start = time.perf_counter()
-        plan = request.observation.plan(self._wish.density, self._wish.precision, request.device)
+        plan = observation.plan(self._wish.density, self._wish.precision, request.device)
         self._plans[request.grid.size] = self.plan = plan
+        self._forget(request.attention)
+        self._observation = observation if observation.requests < self._most_requests else None
         seconds = time.perf_counter() - start
         try:
             kept = f"kept as {self._cache.put(plan, self._wish)}"
         except InputError as error:
             kept = f"not kept: {error}"
-        self._say(name, f"density {plan.density():.3f}, made in {seconds:.1f} s, {kept}")
+        of = f", of {observation.requests} requests" if observation.requests > 1 else ""
+        self._say(name, f"density {plan.density():.3f}{of}, made in {seconds:.1f} s, {kept}")
+
+    def _forget(self, plan: Plan | Dense) -> None:
+        """Free what computes a plan that another one has replaced."""
+        with self._lock:
+            self._runners = {place: runner for place, runner in self._runners.items() if place[0] is not plan}
 
     def _say(self, size: str, state: str) -> None:
         self._states[size] = state
@@ -225,19 +267,31 @@ class _ObservedRequest:
     """A generation that is observed, in the thread in which it began.
 
     Attributes:
+        attention: what it runs with.
         is_complete: whether the last step was reached.
     """
 
-    def __init__(self, forward: Forward, pipeline: Pipeline, memory_gb: float):
+    observation: Observation
+
+    def __init__(self, forward: Forward, pipeline: Pipeline, attention: Plan | Dense):
         assert forward.grid is not None
+        self.attention = attention
         self.thread = threading.current_thread()
         self.grid = forward.grid
         self.device = forward.hidden_states.device
         self._schedule = Schedule()
         self._schedule.follow(forward.descriptor, forward.timestep, pipeline.scheduler)
         self.is_complete = self._schedule.num_steps == 1
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise level of each step."""
+        return self._schedule.levels
+
+    def new_observation(self, pipeline: Pipeline, memory_gb: float) -> Observation:
+        """One that knows nothing yet."""
         projections = [output_projection(module) for layers in pipeline.layers for module in layers]
-        self.observation = Observation(pipeline.identity, self.grid, self._schedule.levels, memory_gb, projections)
+        return Observation(pipeline.identity, self.grid, self.levels, memory_gb, projections)
 
     def goes_on(self, forward: Forward, scheduler: Any) -> bool:
         """Whether a forward call belongs to this generation; it is then followed."""

@@ -80,7 +80,7 @@ class Report:
 
 
 Observer = Callable[[int, AttentionCall], None]
-"""Looks at a call of a layer that runs with the model's own attention."""
+"""Looks at a call of a layer before it is computed."""
 
 
 class Handle:
@@ -183,18 +183,19 @@ class Handle:
             return self._adapted[grid.size]
 
     def _observer(self) -> Observer | None:
-        """What looks at the calls of a forward call that was chosen to stay dense."""
+        """What looks at the calls of a forward call."""
         return None
 
     def _before_forward(self, forward: Forward) -> None:
         self._collect()
         tensor, request = forward.hidden_states, self._requests[forward.transformer]
         chosen = self._choose(forward)
+        observe = self._observer()
         if isinstance(chosen, Dense):
-            request.begin(chosen.reason, observe=self._observer())
+            request.begin(chosen.reason, observe=observe)
             return
         runner = self.runner(chosen, tensor.device)
-        request.begin(None, chosen, runner, runner.bucket(forward.descriptor.level(forward.timestep)))
+        request.begin(None, chosen, runner, runner.bucket(forward.descriptor.level(forward.timestep)), observe)
         self._make_ready(runner, tensor.device, tensor.dtype)
 
     def _after_forward(self, transformer: int) -> None:
@@ -266,7 +267,7 @@ class _Request:
             if runner is not None and bucket is not None:
                 known.plan, known.runner, known.bucket = plan, runner, bucket
         self._by_thread.observe = observe
-        if observe is not None:
+        if observe is not None and reason is not None:
             self._in_compiled.reason = UNSEEN
 
     def end(self) -> None:
