@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paroattn import PlanError, Precision, TokenGrid
+from paroattn import InputError, PlanError, Precision, TokenGrid
 from paroattn.block_mask import block_count, text_blocks, unpack_bits
 from paroattn.calibration.budget import (
-    CostStatistics,
     Selection,
     allocate,
     interpolate,
@@ -19,6 +18,7 @@ from paroattn.calibration.budget import (
     select_by_cost,
 )
 from paroattn.calibration.calibrate import bucket_edges_by_change
+from paroattn.calibration.cost_statistics import CostStatistics
 from paroattn.calibration.costs import LEVELS
 from paroattn.keep import least_density
 from paroattn.plan import ModelIdentity
@@ -41,11 +41,13 @@ def statistics(seed=0, grid=GRID, edges=(0.0, 0.25), layers=2, heads=3, block_q=
         block_q=block_q,
         block_sums=torch.rand(*shape, rows, columns, generator=generator),
         costs=torch.rand(2, *shape, rows, columns, generator=generator),
+        tops=None,
         errors=steps.flip(-1).cumsum(-1).flip(-1),
         norms=torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5,
         weights=torch.rand(shape, generator=generator, dtype=torch.float64) ** 4,
         int4_effects=torch.rand(layers, heads, generator=generator, dtype=torch.float64),
         usage=torch.ones(len(edges), layers),
+        samples=torch.ones(len(edges), layers),
         provenance={"seed": seed},
     )
 
@@ -175,3 +177,34 @@ def test_steps_that_change_more_get_more_buckets():
     assert sum(edge < 5 / 21 for edge in edges) >= 4
     with pytest.raises(ValueError, match="step_buckets is 0"):
         bucket_edges_by_change([1.0], 0)
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("steady", [0.25, 3.0])
+def test_steady_masks_change_less_and_keep_their_share_of_the_cost(in_bytes, steady):
+    measured = statistics(seed=5, edges=(0.0, 0.3, 0.6))
+    noise = torch.rand(measured.costs.shape, generator=torch.Generator().manual_seed(6))
+    costs = measured.costs[:, :1] * (0.5 + noise)  # alike in all buckets
+    codes = (160 + 8 * costs.log2()).round().clamp(0, 254).to(torch.uint8)
+    measured = replace(measured, costs=codes if in_bytes else costs)
+    plans = [
+        select_by_cost(measured, density=0.4, selection=Selection(budget="uniform", steady=each))
+        for each in (0.0, steady)
+    ]
+    assert torch.equal(plans[0].densities(), plans[1].densities())
+    free, held = (unpack_bits(plan.mask_table[plan.mask_index.long()], GRID.tokens // 64) for plan in plans)
+    assert torch.equal(free[0], held[0])
+    changed = [float((kept[1:] ^ kept[:-1]).double().mean()) for kept in (free, held)]
+    assert changed[1] < 0.9 * changed[0]
+    assert torch.equal(plans[0].compensate, plans[1].compensate)
+    way = plans[0].compensate.long()
+    own = torch.where(way[..., None, None] == 1, costs[1], costs[0])
+    shares = (own * held).sum((-1, -2)) / (own * free).sum((-1, -2))
+    assert shares.min() >= 1 / (1 + steady) - 0.1 * in_bytes
+    assert shares[1:].min() < 1
+
+
+@pytest.mark.parametrize("steady", [-1.0, float("nan"), float("inf")])
+def test_steady_is_a_number_from_0(steady):
+    with pytest.raises(InputError, match="steady is"):
+        Selection(steady=steady)

@@ -38,11 +38,11 @@ def plan_path(wan, tmp_path_factory):
     return path
 
 
-def test_calibrate_writes_a_plan_that_inspect_shows(plan_path):
-    shown = run("inspect", plan_path)
+def test_calibrate_writes_a_plan_that_show_shows(plan_path):
+    shown = run("plan", "show", plan_path)
     assert shown.exit_code == 0
     assert "6x4x5 (120 visual tokens)" in shown.output
-    facts = json.loads(run("inspect", plan_path, "--json").output)
+    facts = json.loads(run("plan", "show", plan_path, "--json").output)
     assert facts["density"] == 0.75
     assert facts["calibration"]["prompts"] == ["a cat", "a dog"]
     assert facts["calibration"]["method"] == "paroattn"
@@ -130,7 +130,7 @@ def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
     (tmp_path / "short").write_bytes(content[: len(content) // 2])
     (tmp_path / "edited").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     for name, message in (("short", "truncated"), ("edited", "changed after it was written")):
-        result = run("inspect", tmp_path / name)
+        result = run("plan", "show", tmp_path / name)
         assert result.exit_code == 2
         assert message in result.stderr
 
@@ -163,7 +163,7 @@ def test_a_truncated_or_edited_plan_is_refused(plan_path, tmp_path):
         (["generate", "--prompt", "a cat", "--output", "video.avi"], "no known suffix"),
         (["generate", "--prompt", "a cat", "--plan", "missing.safetensors"], "does not exist"),
         (["generate", "--model", "WAN", "--prompt", "a cat", "--precision", "int3", *SIZE], "int3"),
-        (["inspect", "missing.safetensors"], "does not exist"),
+        (["plan", "show", "missing.safetensors"], "does not exist"),
         (["bogus"], "No such command"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_bug_keeps_its_traceback(plan_path, monkeypatch):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Plan, "load", broken)
-    assert repr(run("inspect", plan_path).exception) == "RuntimeError('a bug')"
+    assert repr(run("plan", "show", plan_path).exception) == "RuntimeError('a bug')"
 
 
 def test_a_missing_part_is_found_before_work_begins(tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_a_device_that_is_not_there_gets_one_line(command, device, message, monk
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["calibrate", "generate", "inspect", "plans"])
+@pytest.mark.parametrize("command", ["calibrate", "generate", "plan", "plans"])
 def test_every_command_shows_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -292,7 +292,7 @@ def test_buckets_before_orders_are_known_take_the_costs_of_the_next_one(pipe):
             observation.add(observed_call(layer, step, schedule, seed=1))  # of guidance; not looked at
     assert observation._measured == {(step, 0) for step in range(1, 6)} | {(step, 1) for step in range(1, 10)}
     plan = observation.plan(0.5, paroattn.Precision.parse("exact"), torch.device("cpu"))
-    costs, errors = observation._costs.means()[1:3]
+    costs, errors = (observation._costs.means()[name] for name in ("costs", "errors"))
     assert torch.equal(costs[:, 0], costs[:, 1])
     assert torch.equal(errors[:, 0], errors[:, 1])
     assert not torch.equal(costs[:, 1], costs[:, 2])
@@ -317,7 +317,7 @@ def test_later_requests_add_to_costs_and_bring_those_of_early_buckets(pipe):
                 observation.add(observed_call(layer, step, schedule, seed))
         assert observation.is_of_use
         observation.plan(0.5, paroattn.Precision(), torch.device("cpu"))  # gives early buckets costs of later ones
-    costs, errors = observation._costs.means()[1:3]
+    costs, errors = (observation._costs.means()[name] for name in ("costs", "errors"))
     assert not torch.equal(costs[:, 0], costs[:, 1])
 
     alone = BlockCosts(10, observation._names, observation._index, TokenGrid(4, 6, 8), row_share=QUICK.cost_rows,
@@ -326,7 +326,7 @@ def test_later_requests_add_to_costs_and_bring_those_of_early_buckets(pipe):
         for seed in range(2) if step > 1 else (1,):
             for layer in range(2):
                 alone.add(step, observed_call(layer, step, schedule, seed))
-    expected_costs, expected_errors = alone.means()[1:3]
+    expected_costs, expected_errors = (alone.means()[name] for name in ("costs", "errors"))
     for bucket in (0, *range(2, 10)):
         assert torch.equal(costs[:, bucket], expected_costs[:, bucket])
         assert torch.equal(errors[:, bucket], expected_errors[:, bucket])

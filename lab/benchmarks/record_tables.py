@@ -185,13 +185,14 @@ def transfer_table(records: list[dict]) -> list[str]:
             record["way"],
             f"{record['psnr']:.2f}",
             "" if record.get("gain") is None else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}",
-            f"{record['gap_closed']:.0%}" if record["way"].startswith("from ") else "",
+            f"{record['gap_closed']:.0%}" if "from " in record["way"] else "",
+            "" if record.get("seconds") is None else f"{record['seconds']:.0f}",
         )
         for record in records
     ]
     first = records[0]
     return [
-        *table(("model", "plan", "PSNR (dB)", "to the calibrated one", "of the gap"), rows),
+        *table(("model", "plan", "PSNR (dB)", "to the calibrated one", "of the gap", "calibrating (s)"), rows),
         "",
         f"Density {first['density']:.1f}, exact; mean over {first['pairs']} prompt/seed pairs; difference with the "
         "standard error of the paired differences; the gap is that between positions alone and a calibration. "

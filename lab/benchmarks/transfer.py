@@ -1,14 +1,16 @@
-"""What plans of other sizes are worth on the tiny bundled models, beside calibrated ones and plans of positions alone.
+"""What plans of other sizes are worth on the tiny bundled models, adapted or as the start of a calibration.
 
 python lab/benchmarks/transfer.py [--density 0.3] [--output FILE.jsonl]
 
-PSNR of each model's evaluation pairs. Plans are calibrated at another size and adapted to the model's own.
+PSNR of each model's evaluation pairs, beside that of calibrated plans and of plans of positions alone. Plans are
+calibrated at another size, then adapted to the model's own, or a calibration there starts from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from paroattn_lab.records import environment, write_records
 
 import paroattn
 from paroattn import Plan
+from paroattn.calibration.budget import select_by_cost
+from paroattn.calibration.calibrate import collect_costs
+from paroattn.integrations.clock import now
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     VIDEO: {
@@ -33,18 +38,28 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def plans(model: BundledModel, density: float) -> dict[str, Plan]:
-    """Plans for the model's own size by how they were made."""
+def plans(model: BundledModel, density: float, device: torch.device) -> Iterator[tuple[str, Plan, float | None]]:
+    """How a plan for the model's own size was made, the plan, and the seconds that it took to calibrate there."""
     prompts = [model.call_arguments(prompt) for prompt in model.calibration_prompts]
-    own = paroattn.calibrate(model.pipe, prompts, density=density, progress=False)
-    found = {"positions alone": Plan.default(paroattn.identify(model.pipe), own.grid, density), "calibrated": own}
+
+    def calibrated(**given: Any) -> tuple[Plan, float]:
+        start = now(device)
+        plan = paroattn.calibrate(model.pipe, prompts, density=density, progress=False, **given)
+        return plan, now(device) - start
+
+    own, seconds = calibrated()
+    yield "calibrated", own, seconds
+    yield "positions alone", Plan.default(paroattn.identify(model.pipe), own.grid, density), None
     for name, changes in SIZES[model.name].items():
         sizes = {key: int(value * prompts[0][key]) if value < 2 else value for key, value in changes.items()}
-        there = paroattn.calibrate(
-            model.pipe, [{**prompt, **sizes} for prompt in prompts], density=density, progress=False
+        there = collect_costs(
+            model.pipe, [{**prompt, **sizes} for prompt in prompts], densities=(density,), progress=False
         )
-        found[f"from {name} ({there.grid.frames}x{there.grid.height}x{there.grid.width})"] = there.adapt(own.grid)
-    return found
+        size = f"{name} ({there.grid.frames}x{there.grid.height}x{there.grid.width})"
+        plan = select_by_cost(there, density=density)
+        yield f"from {size}", plan.adapt(own.grid), None
+        yield f"calibrated, from the plan of {size}", *calibrated(start=plan)
+        yield f"calibrated, from the statistics of {size}", *calibrated(start=there)
 
 
 def main() -> None:
@@ -57,13 +72,13 @@ def main() -> None:
     for name in SIZES:
         model = load_bundled(name, device=str(device))
         references = [model.generate(*pair) for pair in model.evaluation_pairs]
-        made, psnr = plans(model, arguments.density), {}
-        for way, plan in made.items():
+        made, psnr = list(plans(model, arguments.density, device)), {}
+        for way, plan, _ in made:
             with paroattn.apply(model.pipe, plan, strict=True):
                 frames = [model.generate(*pair) for pair in model.evaluation_pairs]
             psnr[way] = [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
         least, most = (statistics.fmean(psnr[way]) for way in ("positions alone", "calibrated"))
-        for way, plan in made.items():
+        for way, plan, seconds in made:
             found, gains = statistics.fmean(psnr[way]), None
             if way != "calibrated":
                 gains = [one - other for one, other in zip(psnr[way], psnr["calibrated"], strict=True)]
@@ -77,6 +92,7 @@ def main() -> None:
                 "standard_error": gains and standard_error(gains),
                 "gap_closed": (found - least) / (most - least),
                 "pairs": len(psnr[way]),
+                "seconds": seconds,
                 **environment(device),
             }
             records.append(record)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paroattn.block_mask import BlockMask
+    from paroattn.calibration.budget import select_by_cost
     from paroattn.calibration.calibrate import calibrate
+    from paroattn.calibration.cost_statistics import CostStatistics
     from paroattn.calibration.paper import calibrate_paper
     from paroattn.calibration.self_calibrating import apply
     from paroattn.errors import InputError, MissingPartError, PlanError
@@ -22,6 +24,7 @@ __version__ = version("paroattn")
 
 __all__ = [
     "BlockMask",
+    "CostStatistics",
     "InputError",
     "LayerPlan",
     "MissingPartError",
@@ -37,10 +40,12 @@ __all__ = [
     "identify",
     "observe",
     "prepare",
+    "select_by_cost",
 ]
 
 _NEED_TORCH = {
     "BlockMask": "paroattn.block_mask",
+    "CostStatistics": "paroattn.calibration.cost_statistics",
     "InputError": "paroattn.errors",
     "LayerPlan": "paroattn.plan",
     "MissingPartError": "paroattn.errors",
@@ -51,6 +56,7 @@ _NEED_TORCH = {
     "attention": "paroattn.ops",
     "backends": "paroattn.ops",
     "prepare": "paroattn.ops",
+    "select_by_cost": "paroattn.calibration.budget",
 }
 _NEED_DIFFUSERS = {
     "apply": "paroattn.calibration.self_calibrating",

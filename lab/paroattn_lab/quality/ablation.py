@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from paroattn.block_mask import text_blocks
-from paroattn.calibration.budget import CostStatistics, Selection, allocate, select_by_cost
+from paroattn.calibration.budget import Selection, allocate, select_by_cost
 from paroattn.calibration.calibrate import collect_costs
+from paroattn.calibration.cost_statistics import CostStatistics
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.calibration.paper import CalibrationStatistics, collect_block_sums, select_plan
 from paroattn.cli.models import GenerativeModel

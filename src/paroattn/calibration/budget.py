@@ -7,66 +7,24 @@ of a head's output at a density (`costs`), the weight what a unit of it does to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from paroattn.block_mask import text_blocks
+from paroattn.calibration.cost_codes import CODES_PER_OCTAVE, MOST
+from paroattn.calibration.cost_statistics import CostStatistics
 from paroattn.calibration.costs import COMPENSATE, DROP, LEVELS
 from paroattn.calibration.mask_table import MaskTable, plan_from_masks
 from paroattn.errors import InputError, PlanError
-from paroattn.grid import TokenGrid
 from paroattn.keep import check_density, check_reachable, keep_counts, least_blocks, least_density
-from paroattn.plan import ModelIdentity, Plan, bucket_lengths
+from paroattn.plan import Plan
 from paroattn.quantize import Precision
-
-
-@dataclass(frozen=True, eq=False)
-class CostStatistics:
-    """What calibration measured of skipping blocks; plans of any density are selected from it.
-
-    Attributes:
-        model, grid: what it was measured on.
-        order_names: distinct orders; order_index uint8 [layers, heads]: the order chosen for each head.
-        schedule: noise level of each step, descending.
-        bucket_edges: start of each step bucket, fractions of the schedule.
-        block_q: queries per block.
-        block_sums: of P, [buckets, layers, heads, q blocks, kv blocks], or None where they were not asked for.
-        costs: of skipping one block, dropped or approximated by its means, bfloat16 or codes in uint8,
-            [2, buckets, layers, heads, q, kv]; comparable within a head.
-        errors: squared change of the head's output at the densities `LEVELS`, [2, buckets, layers, heads, levels].
-        norms: squared norm of the head's output, [buckets, layers, heads].
-        weights: squared change of the final result per unit of error in one step of a bucket, [buckets, layers, heads].
-        int4_effects: squared change of the final result when a head is computed in INT4, [layers, heads].
-        usage: share of each bucket's steps in which a layer is called, float32 [buckets, layers].
-        provenance: prompts, seed, steps and the like; JSON values.
-    """
-
-    model: ModelIdentity
-    grid: TokenGrid
-    order_names: tuple[str, ...]
-    order_index: Tensor
-    schedule: tuple[float, ...]
-    bucket_edges: tuple[float, ...]
-    block_q: int
-    block_sums: Tensor | None
-    costs: Tensor
-    errors: Tensor
-    norms: Tensor
-    weights: Tensor
-    int4_effects: Tensor
-    usage: Tensor
-    provenance: Mapping[str, Any]
-
-    @property
-    def shares(self) -> Tensor:
-        """Share of all calls of heads in a schedule, float64 like `norms`; it sums to 1."""
-        calls = (bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage).unsqueeze(-1).expand(self.norms.shape)
-        return calls / calls.sum()
 
 
 @dataclass(frozen=True)
@@ -81,9 +39,12 @@ class Selection:
             outputs, "uniform" gives every head of every step the same.
         dense_steps: share of the schedule, from its start, in which all blocks are computed; buckets that begin there.
         dense_layers: number of layers, from the first, in which all blocks are computed, in exact arithmetic.
+        steady: a block takes the place of one that the step bucket before keeps only if it costs more than 1 + steady
+            times as much. Masks then change less from bucket to bucket, and plan files are smaller; each keeps at least
+            1 / (1 + steady) of the cost that it could.
 
     Raises:
-        InputError: dense_steps outside [0, 1), or a negative number of layers.
+        InputError: dense_steps outside [0, 1), a negative number of layers, or a negative steady.
     """
 
     score: Literal["cost", "block sum"] = "cost"
@@ -91,12 +52,15 @@ class Selection:
     budget: Literal["effect", "error", "uniform"] = "effect"
     dense_steps: float = 0.0
     dense_layers: int = 0
+    steady: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense_steps < 1:
             raise InputError(f"dense_steps is {self.dense_steps!r}; expected a share of the schedule in [0, 1)")
         if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
             raise InputError(f"dense_layers is {self.dense_layers!r}; expected a number of layers, at least 0")
+        if not 0 <= self.steady < math.inf:
+            raise InputError(f"steady is {self.steady!r}; expected a number of at least 0")
 
     def fixed(self, statistics: CostStatistics) -> Tensor:
         """Where all blocks are kept whatever they cost, bool [buckets, layers, heads].
@@ -148,9 +112,12 @@ def select_by_cost(
     sparse = ~selection.fixed(statistics)
     compensate &= sparse  # where nothing is skipped there is nothing to approximate
     counts = _whole_blocks(densities, statistics.shares, sparse, required)
-    for bucket, layer in sparse.any(-1).nonzero().tolist():
+    for layer, bucket in sparse.any(-1).T.nonzero().tolist():
         place = (bucket, layer, sparse[bucket, layer].nonzero().flatten())
         score = _scores(statistics, selection, *place, compensate[place]).to(where)
+        if selection.steady and bucket:
+            before = masks.get(bucket - 1, layer, place[2].tolist(), required.shape[1]).to(where)
+            score = _raised(score, before, 1 + selection.steady)
         masks.put(bucket, layer, place[2].tolist(), keep_counts(score, counts[place], required_there))
     compensate &= counts < required.numel()
     precisions, index = mixed_precision(parsed, statistics.int4_effects, int8_share)
@@ -170,8 +137,37 @@ def select_by_cost(
         compensate=compensate,
         precisions=precisions,
         precision_index=index,
-        provenance={**statistics.provenance, "density": density, "selection": vars(selection)},
+        provenance={
+            **statistics.provenance,
+            "density": density,
+            "selection": vars(selection),
+            **({"int8_share": int8_share} if "int4" in (parsed.qk, parsed.pv) else {}),
+        },
     )
+
+
+def select_like(plan: Plan, statistics: CostStatistics, density: float | None = None) -> Plan:
+    """The plan of some statistics whose precision and way of choosing blocks are those of another one.
+
+    density: default: the other plan's.
+
+    Raises:
+        InputError: statistics of another model or grid than the plan's.
+        PlanError: as `select_by_cost`, or a plan that was not made from statistics.
+    """
+    if (statistics.model, statistics.grid.size) != (plan.model, plan.grid.size):
+        raise InputError(
+            f"statistics are of {statistics.model.class_name} at {statistics.grid}; the plan is for "
+            f"{plan.model.class_name} at {plan.grid}"
+        )
+    told = plan.provenance
+    try:
+        selection, int8_share = Selection(**told["selection"]), float(told.get("int8_share", 0.25))
+        density = float(told["density"]) if density is None else density
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError("the plan does not say how its blocks were chosen; calibrate again") from error
+    precision = plan.precisions[0]
+    return select_by_cost(statistics, density=density, precision=precision, selection=selection, int8_share=int8_share)
 
 
 def _whole_blocks(densities: Tensor, shares: Tensor, sparse: Tensor, required: Tensor) -> Tensor:
@@ -196,6 +192,14 @@ def _scores(
     if statistics.block_sums is None:
         raise InputError("score 'block sum' needs statistics with block sums; collect them with block_sums=True")
     return statistics.block_sums[bucket, layer, heads]
+
+
+def _raised(score: Tensor, where: Tensor, factor: float) -> Tensor:
+    """Scores, some of which count as costs that are so much larger."""
+    if score.dtype == torch.uint8:
+        raised = score.int() + round(CODES_PER_OCTAVE * math.log2(factor)) * (where & (score > 0))
+        return raised.clamp(max=MOST).to(torch.uint8)
+    return torch.where(where, score * factor, score)
 
 
 def mixed_precision(

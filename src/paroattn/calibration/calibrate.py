@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
-from paroattn.calibration.budget import CostStatistics, Selection, interpolate, least_densities, select_by_cost
+from paroattn.calibration.budget import Selection, interpolate, least_densities, select_by_cost
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.checkpoint import remove_work
+from paroattn.calibration.cost_statistics import CostStatistics, statistics_path
 from paroattn.calibration.density_search import Goal, reach
 from paroattn.calibration.forecast import Forecast
 from paroattn.calibration.run import (
@@ -36,8 +37,8 @@ from paroattn.integrations.pipeline import Pipeline
 from paroattn.keep import check_density, least_density
 from paroattn.ops.backend import choose_backend
 from paroattn.ops.inputs import CallKind
-from paroattn.order import candidate_orders
-from paroattn.plan import Plan, bucket_of
+from paroattn.order import candidate_orders, same_blocks
+from paroattn.plan import ModelIdentity, Plan, bucket_of, first_steps
 from paroattn.quantize import Precision
 
 DENSITY = 0.3  # where none is asked for
@@ -58,10 +59,13 @@ def calibrate(
     int8_share: float = 0.25,
     dense_steps: float = 0.0,
     dense_layers: int = 0,
+    steady: float = 0.0,
     thorough: bool = False,
     memory_gb: float = 8.0,
     prompt_texts: Sequence[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    start: Plan | CostStatistics | str | os.PathLike[str] | None = None,
+    keep_statistics: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
 ) -> Plan:
@@ -90,6 +94,8 @@ def calibrate(
         int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most.
         dense_steps: share of the schedule, from its start, in which all blocks are computed.
         dense_layers: number of layers, from the first, that stay dense and exact.
+        steady: a block takes the place of one that the step bucket before keeps only if it costs more than 1 + steady
+            times as much: plan files get smaller (docs/fidelity.md).
         thorough: look at all rows, steps and passes of guidance, and measure every effect instead of interpolating.
             It takes longer; docs/fidelity.md says what it brings.
         memory_gb: host memory for what skipping blocks costs, in 10^9 bytes; what takes more lies in a file in
@@ -97,6 +103,11 @@ def calibrate(
         prompt_texts: what the plan records as its prompts, where `prompts` holds embeddings; default: the prompts.
         work_dir: a folder for what every finished generation found: calibrating with the same arguments again after an
             interruption continues from them. Its files are deleted in the end. None keeps nothing.
+        start: a plan of the same model, of any size, or its file: token orders are taken from it instead of being
+            compared. From its statistics, if they were kept beside the file, or from `CostStatistics`, also what errors
+            do to the final result: only costs of blocks are measured then (docs/fidelity.md says what that loses).
+        keep_statistics: a file for what was measured, a byte or two per block: plans of other densities are made from
+            it without the model (`paroattn plan adapt`).
         progress: show a tqdm progress bar.
         **call_arguments: passed to every call of the pipeline (height, width, num_frames, num_inference_steps, ...).
 
@@ -111,7 +122,7 @@ def calibrate(
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
     density, goal, parsed = check_choice(density, target_psnr, target_speed_up, precision)
-    selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers)
+    selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers, steady=steady)
     check_precision(pipe, parsed)
     costs = collect_costs(
         pipe,
@@ -127,9 +138,12 @@ def calibrate(
         step_buckets=step_buckets,
         prompt_texts=prompt_texts,
         work_dir=work_dir,
+        start=start,
         progress=progress,
         **call_arguments,
     )
+    if keep_statistics is not None:
+        costs.save(keep_statistics)
 
     def select(density: float) -> Plan:
         choice: dict[str, Any] = {"precision": parsed, "selection": selection, "int8_share": int8_share}
@@ -188,6 +202,7 @@ def collect_costs(
     memory_gb: float = 8.0,
     prompt_texts: Sequence[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    start: Plan | CostStatistics | str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call_arguments: Any,
 ) -> CostStatistics:
@@ -207,6 +222,8 @@ def collect_costs(
         raise InputError(f"step_buckets is {step_buckets}; expected at least 1")
     arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
     arguments |= {"dense_steps": dense_steps, "int4": int4, "effects": effects, "block_sums": block_sums}
+    given = _known_from(start, Pipeline(pipe).identity)
+    arguments |= {"start": None if given is None else [given.order_names, given.order_index, _weights_of(given)]}
     sampling = THOROUGH if thorough else QUICK
     arguments |= {"densities": sorted(densities), "sampling": asdict(sampling)}
     checkpoint = calibration_checkpoint(work_dir, Pipeline(pipe), "paroattn", prompts, seed, call_arguments, arguments)
@@ -214,7 +231,12 @@ def collect_costs(
     identity = run.identity
     shape = (identity.layers, identity.heads)
     memory = memory_gb * 1e9
-    names, chosen, changes = _choose_orders(run, sampling, order_names, step_buckets, block_q, seed, memory, effects)
+    if given is not None:
+        names, chosen, changes = _take_orders(run, given)
+    else:
+        names, chosen, changes = _choose_orders(
+            run, sampling, order_names, step_buckets, block_q, seed, memory, effects
+        )
     guard = math.ceil(dense_steps * run.num_steps - 1e-9)
     edges = bucket_edges_by_change(changes, step_buckets, forced=(guard,))
 
@@ -232,7 +254,8 @@ def collect_costs(
             accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
 
     (costs,) = run.measure("costs", "calibration 2/4, costs of blocks", make, add, record=effects)
-    mean_block_sums, block_costs, errors, norms = costs.means()
+    found = costs.means()
+    errors, norms = found["errors"], found["norms"]
     statistics = CostStatistics(
         model=identity,
         grid=run.grid,
@@ -241,10 +264,7 @@ def collect_costs(
         schedule=run.schedule,
         bucket_edges=edges,
         block_q=block_q,
-        block_sums=mean_block_sums,
-        costs=block_costs,
-        errors=errors,
-        norms=norms,
+        **found,
         weights=torch.ones_like(norms),
         int4_effects=torch.zeros(shape, dtype=torch.float64),
         usage=run.usage(edges),
@@ -253,6 +273,10 @@ def collect_costs(
             "scheduler": type(run.pipeline.scheduler).__name__,
         },
     )
+    weights = _weights_of(given)
+    if effects and weights is not None and not int4:
+        run.say_where_time_went()
+        return replace(statistics, weights=weights[_nearest_levels(statistics, given)])
     if not effects:
         run.say_where_time_went()
         return statistics
@@ -315,6 +339,50 @@ def _choose_orders(
     used, index = torch.unique(errors.choose(), return_inverse=True)
     changes = change.changes() if run.num_steps > step_buckets else [1.0] * (run.num_steps - 1)
     return tuple(errors.order_names[number] for number in used.tolist()), index.to(torch.uint8), changes
+
+
+def _known_from(
+    start: Plan | CostStatistics | str | os.PathLike[str] | None, identity: ModelIdentity
+) -> Plan | CostStatistics | None:
+    """What a calibration starts from: the statistics beside a plan's file, if they are there, else the plan."""
+    if isinstance(start, (str, os.PathLike)):
+        beside = statistics_path(start)
+        start = CostStatistics.load(beside) if beside.is_file() else Plan.load(start)
+    if start is not None and start.model != identity:
+        raise InputError(
+            f"start is for another model: {start.model.class_name} of {start.model.layers} layers of "
+            f"{start.model.heads} heads; this one is a {identity.class_name} of {identity.layers} of {identity.heads}"
+        )
+    return start
+
+
+def _weights_of(start: Plan | CostStatistics | None) -> Tensor | None:
+    return start.weights if isinstance(start, CostStatistics) else None
+
+
+def _nearest_levels(statistics: CostStatistics, start: Plan | CostStatistics | None) -> list[int]:
+    """Of each step bucket, the one of another calibration that begins at the nearest noise level."""
+    own, others = (
+        [each.schedule[step] for step in first_steps(each.bucket_edges, len(each.schedule))]
+        for each in (statistics, start)
+        if each is not None
+    )
+    return [min(range(len(others)), key=lambda number: abs(others[number] - level)) for level in own]
+
+
+def _take_orders(run: CalibrationRun, start: Plan | CostStatistics) -> tuple[tuple[str, ...], Tensor, list[float]]:
+    """As `_choose_orders`, with the orders of another calibration; one step of each prompt shows the size."""
+    shape = (run.identity.layers, run.identity.heads)
+
+    def make() -> tuple[StepChange]:
+        return (StepChange(*shape, run.grid, 0.0, 0),)
+
+    def take(accumulators: tuple[StepChange], call: ObservedCall) -> None:
+        accumulators[0].add(call)
+
+    run.measure("orders", "calibration 1/4, size", make, take, lambda num_steps: 0)
+    names = tuple(same_blocks(name, start.grid, run.grid) for name in start.order_names)
+    return names, start.order_index, [1.0] * (run.num_steps - 1)
 
 
 def bucket_edges_by_change(changes: Sequence[float], most: int, forced: Sequence[int] = ()) -> tuple[float, ...]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count, text_blocks, visual_blocks
+from paroattn.calibration.cost_codes import with_added
 from paroattn.calibration.costs import LEVELS, SkipCosts
 from paroattn.calibration.kernels import KernelsFor, reference_everywhere
 from paroattn.calibration.statistics import OrderCriterion, order_metrics, probability_blocks
@@ -22,8 +24,6 @@ from paroattn.integrations.observe import ObservedCall
 from paroattn.order import token_order
 
 _FEWEST_ROWS = 8  # of blocks, where a share of them is looked at
-
-_CODES_PER_OCTAVE, _CODE_OF_TOP = 8, 160  # of costs that are kept in a byte
 
 
 class Accumulator:
@@ -338,17 +338,19 @@ class BlockCosts(Accumulator):
 
     def copy(self, bucket: int, to: int, layer: int) -> None:
         """Take what one bucket has of a layer for another one, too."""
-        for tensor in (self._errors, self._costs):
-            tensor[:, to, layer] = tensor[:, bucket, layer]
-        for tensor in (self._norms, self._samples):
+        for tensor in self._of_buckets():
             tensor[to, layer] = tensor[bucket, layer]
 
     def clear(self, bucket: int, layer: int) -> None:
         """Forget what a bucket has of a layer."""
-        for tensor in (self._errors, self._costs):
-            tensor[:, bucket, layer] = 0
-        for tensor in (self._norms, self._samples):
+        for tensor in self._of_buckets():
             tensor[bucket, layer] = 0
+
+    def _of_buckets(self) -> list[Tensor]:
+        """All that is kept, each [buckets, layers, ...]."""
+        both_ways = [tensor.transpose(0, 1).transpose(1, 2) for tensor in (self._errors, self._costs)]
+        others = (self._norms, self._samples, self._tops, self._block_sums)
+        return both_ways + [tensor for tensor in others if tensor is not None]
 
     def _add(self, found: Sequence[SkipCosts], bucket: int, layer: int) -> None:
         """Take block sums and costs of the heads of a layer."""
@@ -360,35 +362,19 @@ class BlockCosts(Accumulator):
         if self._tops is None:
             kept += costs.cpu()
         else:
-            kept.copy_(_codes_with(kept, costs, self._tops[bucket, layer]))
+            kept.copy_(with_added(kept, costs, self._tops[bucket, layer]))
 
-    def means(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Per sample: block sums of P [buckets, layers, heads, q blocks, kv blocks] if kept, costs [2, ...], which are
-        left summed over samples, errors [2, buckets, layers, heads, levels] as `SkipCosts` has them, norms [buckets,
-        layers, heads].
-        """
+    def means(self) -> dict[str, Any]:
+        """What `CostStatistics` has under these names: means per sample, and costs, which are left summed over them."""
         samples = self._samples.clamp(min=1).unsqueeze(-1)
-        return (
-            None if self._block_sums is None else self._block_sums / samples.view(*samples.shape, 1, 1),
-            self._costs,
-            self._errors / samples.unsqueeze(-1),
-            self._norms / samples,
-        )
-
-
-def _codes_with(codes: Tensor, costs: Tensor, tops: Tensor) -> Tensor:
-    """Codes of heads' costs, uint8 [2, heads, q blocks, kv blocks], once more of them, on any device, are added.
-
-    Codes are logarithms relative to the largest cost of a head's first sample: from 20 octaves below it to 12 above. 0
-    is no cost. `tops` [heads] holds the largest costs, or zeros that are replaced by them.
-    """
-    is_first = not bool(tops.any())
-    tops.copy_(torch.where(tops > 0, tops, costs.amax((0, 2, 3)).cpu()))
-    top = torch.where(tops > 0, tops, 1.0).to(costs.device).view(-1, 1, 1)
-    if not is_first:
-        codes = codes.to(costs.device)
-        costs = costs + torch.where(codes > 0, ((codes.float() - _CODE_OF_TOP) / _CODES_PER_OCTAVE).exp2() * top, 0)
-    return (_CODE_OF_TOP + _CODES_PER_OCTAVE * (costs / top).log2()).round_().clamp_(0, 254).to(torch.uint8)
+        return {
+            "block_sums": None if self._block_sums is None else self._block_sums / samples.view(*samples.shape, 1, 1),
+            "costs": self._costs,
+            "tops": self._tops,
+            "errors": self._errors / samples.unsqueeze(-1),
+            "norms": self._norms / samples,
+            "samples": self._samples,
+        }
 
 
 def _drawn_rows(grid: TokenGrid, block_q: int, share: float, seed: int) -> Tensor:

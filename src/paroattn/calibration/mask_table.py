@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK, pack_bits
+from paroattn.block_mask import BLOCK, pack_bits, unpack_bits
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
@@ -50,6 +50,10 @@ class MaskTable:
         """Use masks, bool [heads, q blocks, kv blocks] on any device, for some heads of a step bucket and layer."""
         for head, bits in zip(heads, pack_bits(masks).cpu(), strict=True):
             self._index[bucket, layer, head] = self._number_of(bits)
+
+    def get(self, bucket: int, layer: int, heads: Sequence[int], columns: int) -> Tensor:
+        """Masks that were put, bool [heads, q blocks, columns]."""
+        return unpack_bits(self._table[self._index[bucket, layer, heads].long()], columns)
 
     def take_from(self, buckets: Tensor) -> None:
         """Take the masks of a layer from other step buckets, int64 [buckets, layers]."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from paroattn.block_mask import BLOCK
-from paroattn.calibration.budget import CostStatistics, select_by_cost
+from paroattn.calibration.budget import select_by_cost
 from paroattn.calibration.calibrate import bucket_edges_by_change
 from paroattn.calibration.capture import BlockCosts, OrderErrors
 from paroattn.calibration.checkpoint import Checkpoint
+from paroattn.calibration.cost_statistics import CostStatistics
 from paroattn.calibration.run import QUICK, calibration_kernels, usage_of
 from paroattn.grid import TokenGrid
 from paroattn.integrations.observe import ObservedCall
@@ -124,7 +125,7 @@ class Observation:
     def statistics(self) -> CostStatistics:
         """What plans are selected from."""
         self._fill()
-        sums, costs, errors, norms = self._costs.means()
+        found = self._costs.means()
         used, index = torch.unique(self._index, return_inverse=True)
         measured = {layer for _, layer in self._measured}
         called = [(step, layer) for layer, steps in self._calls.items() if layer in measured for step in steps]
@@ -134,7 +135,7 @@ class Observation:
         known = list(self._head_weights.values())
         usual = torch.stack(known).mean() if known else torch.tensor(1.0, dtype=torch.float64)
         of_heads = torch.stack(
-            [self._head_weights.get(layer, usual.expand(norms.shape[2])) for layer in range(norms.shape[1])]
+            [self._head_weights.get(layer, usual.expand(self._model.heads)) for layer in range(self._model.layers)]
         )
         return CostStatistics(
             model=self._model,
@@ -144,12 +145,9 @@ class Observation:
             schedule=self.schedule,
             bucket_edges=self._edges,
             block_q=BLOCK,
-            block_sums=sums,
-            costs=costs,
-            errors=errors,
-            norms=norms,
+            **found,
             weights=early_weights(mean_level).view(-1, 1, 1) * of_heads,
-            int4_effects=torch.zeros_like(norms[0]),
+            int4_effects=torch.zeros(self._index.shape, dtype=torch.float64),
             usage=usage_of(called, self._edges, len(self.schedule), self._model.layers),
             provenance={
                 "paroattn": version("paroattn"),

@@ -20,7 +20,7 @@ from paroattn.files import check_output
 
 _NOT_THE_PAPERS = (
     "target_psnr", "target_speed_up", "block_q", "int8_share", "dense_steps", "dense_layers", "thorough",
-    "memory_gb",
+    "memory_gb", "steady", "start", "keep_statistics",
 )  # fmt: skip
 
 
@@ -44,15 +44,21 @@ _NOT_THE_PAPERS = (
 @click.option("--dense-layers", type=click.IntRange(min=0), help="Layers, from the first, that stay dense; default: 0.")
 @click.option("--order", "order_names", multiple=True, help="Candidate token order; repeatable. Default: all.")
 @click.option("--block-q", type=click.Choice(("64", "128")), help="Queries per block; default: 64.")
+@click.option(
+    "--steady", type=float, help="Masks change from step to step only for costs larger by this share; default: 0."
+)
 @click.option("--thorough", is_flag=True, default=None, help="Measure everything instead of a part; slower.")
 @click.option("--memory-gb", type=float, help="Host memory for costs of blocks; more lies in a file. Default: 8.")
 @click.option("--method", type=click.Choice(("paroattn", "paper")), default="paroattn", show_default=True)
+@path_option("--start", "Plan of this model, at any size, whose token orders, and statistics if kept, are used.")
+@click.option("--keep-statistics", is_flag=True, help="Also write what was measured, for `paroattn plan adapt`.")
 @path_option("--output", "Plan file.", default="plan.safetensors", show_default=True)
 @seed_option
 @model_options
 def calibrate(
     calibration_prompts: tuple[str, ...],
     method: str,
+    keep_statistics: bool,
     output: Path,
     model: str | None,
     device: str | None,
@@ -70,16 +76,19 @@ def calibrate(
     """
     from paroattn.calibration.calibrate import calibrate as calibrate_pipeline
     from paroattn.calibration.calibrate import check_choice
+    from paroattn.calibration.cost_statistics import statistics_path
     from paroattn.calibration.paper import calibrate_paper
 
     given = {name: value for name, value in chosen.items() if value not in (None, ())}
     if "block_q" in given:
         given["block_q"] = int(given["block_q"])
+    if keep_statistics:
+        given["keep_statistics"] = statistics_path(output)
     if method == "paper":
         for name in _NOT_THE_PAPERS:
             if name in given:
                 raise click.UsageError(
-                    f"--{name.replace('_', '-')} is {given[name]}, which method 'paper' does not have"
+                    f"--{name.replace('_', '-')} is {chosen.get(name, True)}, which method 'paper' does not have"
                 )
     check_choice(
         **{
@@ -88,7 +97,7 @@ def calibrate(
             if name in ("density", "target_psnr", "target_speed_up", "precision")
         }
     )
-    check_output(output)
+    check_output(output, given.get("start"))
     loaded = load(
         model,
         device,

@@ -8,8 +8,8 @@ import click
 
 from paroattn.cli.calibrate import calibrate
 from paroattn.cli.generate import generate
-from paroattn.cli.inspect import inspect
 from paroattn.cli.options import OneLineErrors
+from paroattn.cli.plan import plan
 from paroattn.cli.plans import plans
 
 COMMANDS_GROUP = "paroattn.commands"
@@ -22,7 +22,7 @@ def command_line() -> None:
     """Faster attention for visual diffusion transformers: reordered tokens, skipped blocks, low precision."""
 
 
-for command in (calibrate, generate, inspect, plans):
+for command in (calibrate, generate, plan, plans):
     command_line.add_command(command)
 for entry_point in entry_points(group=COMMANDS_GROUP):
     command_line.add_command(entry_point.load(), entry_point.name)

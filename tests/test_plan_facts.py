@@ -85,29 +85,29 @@ def test_packed_masks_have_the_densities_of_their_blocks(plan):
     assert pack_bits(torch.ones(9, dtype=torch.bool)).tolist() == [255, 1]
 
 
-def test_inspect_prints_tables_and_json(path, plan):
-    shown = run("inspect", path)
+def test_show_prints_tables_and_json(path, plan):
+    shown = run("plan", "show", path)
     assert shown.exit_code == 0
     for text in ("one [red].safetensors", "WanTransformer3DModel", "6x4x5", "FWH x1, HFW x1", "0.906"):
         assert text in shown.output
-    facts = json.loads(run("inspect", path, "--json").output)
+    facts = json.loads(run("plan", "show", path, "--json").output)
     assert facts["layers"][0]["orders"] == ["FWH", "HFW"]
     assert facts["size in bytes"] == path.stat().st_size
 
 
-def test_inspect_compares_two_plans(path, pipe, tmp_path):
+def test_show_compares_two_plans(path, pipe, tmp_path):
     tiny.make_plan(pipe).save(tmp_path / "two.safetensors")
-    shown = run("inspect", path, "--diff", tmp_path / "two.safetensors")
+    shown = run("plan", "show", path, "--diff", tmp_path / "two.safetensors")
     assert shown.exit_code == 0
     assert "step buckets start at" in shown.output
     assert "+0.094" in shown.output
-    found = json.loads(run("inspect", path, "--diff", tmp_path / "two.safetensors", "--json").output)
+    found = json.loads(run("plan", "show", path, "--diff", tmp_path / "two.safetensors", "--json").output)
     assert found["layers"][0] == pytest.approx([0.90625, 1.0])
 
 
 def test_bad_input_is_one_line(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run("inspect", path, "--diff", "missing.safetensors")
+    result = run("plan", "show", path, "--diff", "missing.safetensors")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("Error: ")
