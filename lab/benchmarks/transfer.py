@@ -1,6 +1,6 @@
-"""What plans of other sizes are worth on the tiny bundled models, adapted or as the start of a calibration.
+"""What plans of other sizes are worth on the bundled models, adapted or as the start of a calibration.
 
-python lab/benchmarks/transfer.py [--density 0.3] [--output FILE.jsonl]
+python lab/benchmarks/transfer.py [--density 0.3] [--models moving-digits painted-digits] [--output FILE.jsonl]
 
 PSNR of each model's evaluation pairs, beside that of calibrated plans and of plans of positions alone. Plans are
 calibrated at another size, then adapted to the model's own, or a calibration there starts from them.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,20 @@ from paroattn.calibration.budget import select_by_cost
 from paroattn.calibration.calibrate import collect_costs
 from paroattn.integrations.clock import now
 
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    VIDEO: {
-        "half the frames": {"num_frames": 29},
-        "half the height and width": {"height": 128, "width": 128},
-        "another aspect ratio": {"height": 192, "width": 320},
-    },
-    IMAGE: {
-        "half the height and width": {"height": 0.5, "width": 0.5},
-        "another aspect ratio": {"height": 0.75, "width": 1.25},
-    },
+SIZES = {  # shares of the model's own frames, height and width
+    "half the frames": (0.5, 1.0, 1.0),
+    "half the height and width": (1.0, 0.5, 0.5),
+    "another aspect ratio": (1.0, 0.75, 1.25),
 }
+
+
+def changed(call: Mapping[str, Any], shares: tuple[float, float, float]) -> dict[str, Any]:
+    """Arguments of a call at another size; a latent frame is four frames, after the first."""
+    frames, height, width = shares
+    sizes = {"height": int(call["height"] * height), "width": int(call["width"] * width)}
+    if "num_frames" in call:
+        sizes["num_frames"] = int((call["num_frames"] - 1) * frames) // 4 * 4 + 1
+    return {**call, **sizes}
 
 
 def plans(model: BundledModel, density: float, device: torch.device) -> Iterator[tuple[str, Plan, float | None]]:
@@ -50,11 +53,11 @@ def plans(model: BundledModel, density: float, device: torch.device) -> Iterator
     own, seconds = calibrated()
     yield "calibrated", own, seconds
     yield "positions alone", Plan.default(paroattn.identify(model.pipe), own.grid, density), None
-    for name, changes in SIZES[model.name].items():
-        sizes = {key: int(value * prompts[0][key]) if value < 2 else value for key, value in changes.items()}
-        there = collect_costs(
-            model.pipe, [{**prompt, **sizes} for prompt in prompts], densities=(density,), progress=False
-        )
+    for name, shares in SIZES.items():
+        if own.grid.frames == 1 and shares[0] != 1:
+            continue
+        smaller = [changed(prompt, shares) for prompt in prompts]
+        there = collect_costs(model.pipe, smaller, densities=(density,), progress=False)
         size = f"{name} ({there.grid.frames}x{there.grid.height}x{there.grid.width})"
         plan = select_by_cost(there, density=density)
         yield f"from {size}", plan.adapt(own.grid), None
@@ -65,11 +68,12 @@ def plans(model: BundledModel, density: float, device: torch.device) -> Iterator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.3)
+    parser.add_argument("--models", nargs="+", default=[VIDEO, IMAGE], help="names of bundled models")
     parser.add_argument("--output", type=Path, help="write the records to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = []
-    for name in SIZES:
+    for name in arguments.models:
         model = load_bundled(name, device=str(device))
         references = [model.generate(*pair) for pair in model.evaluation_pairs]
         made, psnr = list(plans(model, arguments.density, device)), {}
