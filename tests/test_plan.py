@@ -67,24 +67,6 @@ def test_a_plan_comes_back_as_it_was(plan, path, tmp_path):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["again", "plan.safetensors"]
 
 
-def test_a_folder_with_a_plan_is_a_pretrained_one(plan, tmp_path):
-    plan.save(tmp_path / "paroattn_plan.safetensors")
-    assert Plan.from_pretrained(tmp_path).model == plan.model
-
-
-def test_push_to_hub_uploads_the_file(plan, monkeypatch):
-    import huggingface_hub
-
-    uploads = []
-
-    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **kwargs):
-        uploads.append((Plan.load(path_or_fileobj).grid, path_in_repo, repo_id, kwargs))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
-    plan.push_to_hub("owner/name", token="secret")
-    assert uploads == [(plan.grid, "paroattn_plan.safetensors", "owner/name", {"token": "secret"})]
-
-
 def test_a_failing_save_keeps_the_old_file(plan, path, monkeypatch):
     before = path.read_bytes()
 

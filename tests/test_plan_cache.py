@@ -90,7 +90,7 @@ def name_of(cache, model, grid, wish):
 
 def test_the_format_version_is_part_of_the_key(cache, plan, monkeypatch):
     cache.put(plan, WISH)
-    monkeypatch.setattr("paroattn.plan_cache.FORMAT_VERSION", 99)
+    monkeypatch.setattr("paroattn.plan_summary.FORMAT_VERSION", 99)
     assert cache.find(plan.model, plan.grid, WISH) is None
     assert len(cache.entries()) == 1  # it is not broken
 

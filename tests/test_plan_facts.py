@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from paroattn.block_mask import pack_bits, unpack_bits
 from paroattn.cli.group import command_line
-from paroattn.plan_facts import head_densities, plan_difference, plan_facts
+from paroattn.plan_facts import plan_difference, plan_facts
 
 
 def run(*arguments):
@@ -42,8 +42,8 @@ def path(plan, tmp_path):
 
 
 def test_densities_are_weighted_by_the_steps(plan):
-    assert head_densities(plan) == [[1.0, 1 - 0.25 * 0.75], [1 - 0.5 * 0.25, 1.0]]
-    assert sum(map(sum, head_densities(plan))) / 4 == pytest.approx(plan.density())
+    assert plan.head_densities().tolist() == [[1.0, 1 - 0.25 * 0.75], [1 - 0.5 * 0.25, 1.0]]
+    assert float(plan.head_densities().mean()) == pytest.approx(plan.density())
     facts = plan_facts(plan)
     assert facts["density of step buckets"] == [0.875, 0.9375]
     assert [layer["density"] for layer in facts["layers"]] == pytest.approx([0.90625, 0.9375])

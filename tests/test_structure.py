@@ -13,8 +13,8 @@ from paroattn.errors import MissingPartError, require
 
 SOURCE = Path(paroattn.__file__).parent
 COLUMN = """
-errors files grid block_mask keep order quantize transfer mask_coding plan_file plan_header plan plan_facts plan_cache
-ops runner integrations calibration cli
+errors files grid block_mask keep order quantize transfer mask_coding plan_file plan_header plan_summary plan_card hub
+plan plan_facts plan_cache ops runner integrations calibration cli
 """.split()  # noqa: SIM905
 
 
@@ -56,7 +56,7 @@ def test_the_operator_needs_torch_numpy_and_safetensors_only():
     code = """
 import sys
 absent = "diffusers transformers accelerate click rich PIL imageio packaging platformdirs matplotlib jinja2 tqdm"
-absent += " torchmetrics"
+absent += " torchmetrics huggingface_hub"
 sys.modules.update(dict.fromkeys(absent.split()))
 import torch, paroattn, paroattn.runner
 q = torch.randn(1, 2, 100, 16)

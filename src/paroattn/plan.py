@@ -17,6 +17,7 @@ from torch import Tensor
 from paroattn.block_mask import BlockMask, count_bits, pack_bits, text_blocks
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
+from paroattn.hub import add_plan, find_plan, push_plan
 from paroattn.keep import check_density, check_reachable, keep_best
 from paroattn.mask_coding import MaskRules
 from paroattn.order import check_order, fitting_order, same_blocks, token_order
@@ -25,7 +26,6 @@ from paroattn.plan_header import ModelIdentity, check_parts, header_of, parts_of
 from paroattn.quantize import Precision
 from paroattn.transfer import block_distances, resample_masks
 
-FILE_NAME = "paroattn_plan.safetensors"
 _TENSOR_DTYPES = {
     "order_index": torch.uint8,
     "precision_index": torch.uint8,
@@ -150,6 +150,11 @@ class Plan:
         """Mean of `densities` over heads and over the calls of layers in a schedule."""
         calls = bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage
         return float((self.densities(visual_only=visual_only).mean(2) * calls).sum() / calls.sum())
+
+    def head_densities(self) -> Tensor:
+        """Density of each layer and head over the steps in which the layer is called, float64 [layers, heads]."""
+        calls = (bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage).unsqueeze(-1)
+        return (self.densities() * calls).sum(0) / calls.sum(0).clamp(min=1e-30)
 
     @property
     def bucket_levels(self) -> tuple[float, ...]:
@@ -304,24 +309,51 @@ class Plan:
             return cls(**{**parts, **file.read(kinds, rules)})
 
     @classmethod
-    def from_pretrained(cls, repo: str | os.PathLike[str], **download_arguments: Any) -> Plan:
-        """Load a plan from a folder, or from a Hub repository through `huggingface_hub.hf_hub_download`."""
-        if Path(repo).is_dir():
-            return cls.load(Path(repo) / FILE_NAME)
-        from huggingface_hub import hf_hub_download
+    def from_pretrained(
+        cls,
+        repo: str | os.PathLike[str],
+        *,
+        model: ModelIdentity | None = None,
+        grid: TokenGrid | None = None,
+        density: float = 0.3,
+        precision: str | Precision | None = None,
+        **download_arguments: Any,
+    ) -> Plan:
+        """The nearest plan of a folder, or of a Hub repository, of which only the plan's own file is downloaded.
 
-        return cls.load(hf_hub_download(str(repo), FILE_NAME, **download_arguments))
+        A plan fits if it is for the model and of the precision that are asked for. Of those, the one of the nearest
+        size is taken; of several, the one of the nearest density; then the most exact one; then the first by name. It
+        is returned as it is: `apply(..., other_sizes="adapt")` and `adapt` fit it to another size.
 
-    def push_to_hub(self, repo: str, **upload_arguments: Any) -> None:
-        """Upload the plan to a Hub repository through `huggingface_hub.HfApi.upload_file`."""
-        import tempfile
+        Args:
+            repo: a folder, or the name of a repository, such as "owner/name".
+            model: from `paroattn.identify(pipe)`; may be left out where all plans are for one model.
+            grid: frames, height and width in tokens. Default: any size is as good.
+            density: kept blocks over all blocks, in (0, 1].
+            precision: such as "int8". Default: any.
+            download_arguments: `revision`, `token`, `endpoint`, `cache_dir`, `local_files_only` and the like, as of
+                `huggingface_hub.hf_hub_download`.
 
-        from huggingface_hub import HfApi
+        Raises:
+            PlanError: no such repository or revision, no plan that fits, or a broken one; the message says what there
+                is.
+            InputError: an argument of another type or range.
+            MissingPartError: a repository, without huggingface_hub.
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / FILE_NAME
-            self.save(path)
-            HfApi().upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=repo, **upload_arguments)
+        Example:
+            >>> plan = Plan.from_pretrained("owner/name", model=paroattn.identify(pipe))  # doctest: +SKIP
+        """
+        return cls.load(
+            find_plan(repo, model=model, grid=grid, density=density, precision=precision, **download_arguments)
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **card_arguments: Any) -> Path:
+        """Add the plan to a folder that `push_to_hub`'s repositories look like, see `paroattn.hub.add_plan`."""
+        return add_plan(self, folder, **card_arguments)
+
+    def push_to_hub(self, repo: str, **upload_arguments: Any) -> str:
+        """Add the plan to a Hub repository, which is made if there is none, see `paroattn.hub.push_plan`."""
+        return push_plan(self, repo, **upload_arguments)
 
 
 def bucket_of(edges: tuple[float, ...], step: int, num_steps: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,15 +10,16 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from paroattn.errors import InputError, PlanError, require
-from paroattn.files import check_output, plain_name, write_atomically
+from paroattn.files import check_output, write_atomically
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, Plan
-from paroattn.plan_file import FORMAT_VERSION, read_header
+from paroattn.plan_file import read_header
+from paroattn.plan_summary import PlanWish, file_name, key_of, note_of
 from paroattn.quantize import Precision
 
 FOLDER_VARIABLE = "PAROATTN_PLAN_CACHE"
@@ -28,14 +27,6 @@ _PLAN_FILE = re.compile(r".+-[0-9a-f]{12}\.safetensors")  # the cache deletes no
 _UNFINISHED = ".paroattn-"  # folders that plans are written in; one that is a day old was left by a killed process
 _DAY = 24 * 3600
 _Content = TypeVar("_Content")
-
-
-@dataclass(frozen=True)
-class PlanWish:
-    """What was asked for when a plan was made."""
-
-    density: float
-    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -82,13 +73,13 @@ class PlanCache:
 
         A file that cannot be used is deleted with a warning.
         """
-        path = self.folder / _file_name(model, grid, wish)
+        path = self.folder / file_name(model, grid, wish)
         try:
             plan = _read(path, Plan.load)
             if plan is None:
                 return None
-            found = (_key(plan.model, plan.grid, wish), plan.provenance.get("wish"))
-            if found != (_key(model, grid, wish), _note(wish)):
+            found = (key_of(plan.model, plan.grid, wish), plan.provenance.get("wish"))
+            if found != (key_of(model, grid, wish), note_of(wish)):
                 raise PlanError(f"{str(path)!r} holds a plan for another model, grid or wish than its name says")
         except PlanError as error:
             with suppress(OSError):
@@ -105,8 +96,8 @@ class PlanCache:
         Raises:
             InputError: the folder cannot be written.
         """
-        path = self.folder / _file_name(plan.model, plan.grid, wish)
-        noted = replace(plan, provenance={**plan.provenance, "wish": _note(wish)})
+        path = self.folder / file_name(plan.model, plan.grid, wish)
+        noted = replace(plan, provenance={**plan.provenance, "wish": note_of(wish)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # In a folder of its own: the temporary files of safetensors do not say whose they are.
@@ -188,28 +179,6 @@ def _users_folder() -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("paroattn") / "plans"
-
-
-def _note(wish: PlanWish) -> dict[str, Any]:
-    return {"density": float(wish.density), "precision": str(wish.precision)}
-
-
-def _key(model: ModelIdentity, grid: TokenGrid, wish: PlanWish) -> str:
-    """SHA-256 of what a plan is for; it serves any number of text tokens, if it has some."""
-    asked = {
-        "version": FORMAT_VERSION,
-        "model": asdict(model),
-        "grid": grid.size,
-        "text": grid.text_position if grid.text_tokens else None,
-        **_note(wish),
-    }
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def _file_name(model: ModelIdentity, grid: TokenGrid, wish: PlanWish) -> str:
-    size = f"{grid.frames}x{grid.height}x{grid.width}"
-    parts = (re.sub(r"\W", "", model.class_name), size, f"{wish.density:g}", plain_name(str(wish.precision)))
-    return f"{'-'.join(parts)}-{_key(model, grid, wish)[:12]}.safetensors"
 
 
 def _entry(path: Path, status: os.stat_result) -> CachedPlan | None:

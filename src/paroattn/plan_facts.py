@@ -29,14 +29,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "masks": len(plan.mask_table),
         "blocks": f"{plan.block_q} x {plan.block_kv}",
         "calibration": dict(plan.provenance),
-        "layers": [_layer_facts(plan, layer, row) for layer, row in enumerate(head_densities(plan))],
+        "layers": [_layer_facts(plan, layer, row) for layer, row in enumerate(plan.head_densities().tolist())],
     }
-
-
-def head_densities(plan: Plan) -> list[list[float]]:
-    """Density of each layer and head over the steps in which the layer is called."""
-    calls = (bucket_lengths(plan.bucket_edges).unsqueeze(1) * plan.usage).unsqueeze(-1)
-    return ((plan.densities() * calls).sum(0) / calls.sum(0).clamp(min=1e-30)).tolist()
 
 
 def _bucket_densities(plan: Plan) -> list[float]:
@@ -72,7 +66,7 @@ def plan_difference(first: Plan, second: Plan) -> dict[str, Any]:
     same = _same_orders(first, second)
     layers = [
         [round(sum(row) / len(row), 6) for row in rows]
-        for rows in zip(head_densities(first), head_densities(second), strict=True)
+        for rows in zip(first.head_densities().tolist(), second.head_densities().tolist(), strict=True)
     ]
     return {
         "fields": fields,

@@ -21,6 +21,8 @@ from paroattn.files import save_tensors
 from paroattn.mask_coding import MaskRules, check_stacks, decode_masks, encode_masks
 
 FORMAT_VERSION = 1
+HEADER_KEY = "paroattn_plan"
+"""Where the metadata of a safetensors file holds a plan's header."""
 HEADER_BYTES = 2**20
 """Most bytes of a file before its tensors."""
 MASK_GIGABYTES = 16
@@ -28,7 +30,6 @@ MASK_GIGABYTES = 16
 _NESTING = 64
 _TENSOR_LIST_BYTES = 4096
 _NO_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[^\[\]{}]', re.DOTALL)
-_HEADER_KEY = "paroattn_plan"
 _DIGEST = "sha256"
 _MESSAGE_LENGTH = 400  # a message may quote what a stranger wrote
 _DTYPES = {"U8": torch.uint8, "BOOL": torch.bool, "I32": torch.int32, "I64": torch.int64, "F32": torch.float32}
@@ -58,7 +59,11 @@ def write_plan_file(path: str | os.PathLike[str], header: Mapping[str, Any], ten
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "mask_table"}
     kept.update(encode_masks(tensors["mask_table"], tensors["mask_index"]))
     kept[_DIGEST] = torch.frombuffer(bytearray(_digest(text.encode(), kept)), dtype=torch.uint8)
-    save_tensors(path, kept, {_HEADER_KEY: text})
+    save_tensors(path, kept, {HEADER_KEY: text})
+
+
+class OtherFileError(PlanError):
+    """A safetensors file that is no plan, such as a model's weights."""
 
 
 class PlanFile:
@@ -130,14 +135,15 @@ def open_plan_file(path: str | os.PathLike[str]) -> Iterator[PlanFile]:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError, RuntimeError) as error:  # the last two if it was just deleted
         raise PlanError(
-            f"{str(path)!r} is not a readable safetensors file ({_one_line(error)}); it may be truncated: copy or make "
+            f"{str(path)!r} is not a readable safetensors file ({one_line(error)}); it may be truncated: copy or make "
             "it anew"
         ) from error
     try:
         with file:
-            yield PlanFile(*_parsed((file.metadata() or {}).get(_HEADER_KEY)), file)
+            text = (file.metadata() or {}).get(HEADER_KEY)
+            yield PlanFile(text or "", parse_header(text), file)
     except PlanError as error:
-        raise PlanError(f"{str(path)!r}: {_one_line(error)}") from error
+        raise type(error)(f"{str(path)!r}: {one_line(error)}") from error
 
 
 def _check_length(path: Path) -> None:
@@ -145,7 +151,7 @@ def _check_length(path: Path) -> None:
     with path.open("rb") as start:
         length, size = int.from_bytes(start.read(8), "little"), os.fstat(start.fileno()).st_size
     if HEADER_BYTES < length < size:
-        raise PlanError(f"{str(path)!r} has a header of {length:,} bytes; expected at most {HEADER_BYTES:,}")
+        raise OtherFileError(f"{str(path)!r} has a header of {length:,} bytes; expected at most {HEADER_BYTES:,}")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -168,9 +174,14 @@ def check_tensor(name: str, dtype: torch.dtype | str, shape: tuple[int, ...], ki
         raise PlanError(f"{name} is {dtype} {list(shape)}; expected {kind[0]} [{wanted}]")
 
 
-def _parsed(text: str | None) -> tuple[str, dict[str, Any]]:
-    if text is None:
-        raise PlanError(f"no header {_HEADER_KEY!r}: this is some other safetensors file, not a plan")
+def parse_header(text: object) -> dict[str, Any]:
+    """The header of a plan, from the text that a safetensors file has under `HEADER_KEY`; None if it has none.
+
+    Raises:
+        PlanError: not a plan, of a newer version, or not readable; only the version is checked.
+    """
+    if not isinstance(text, str):
+        raise OtherFileError(f"no header {HEADER_KEY!r}: this is some other safetensors file, not a plan")
     _check_nesting(text)
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -183,7 +194,7 @@ def _parsed(text: str | None) -> tuple[str, dict[str, Any]]:
         raise PlanError(
             f"plan format version is {version}; this paroattn reads up to {FORMAT_VERSION}. Install a newer paroattn"
         )
-    return text, header
+    return header
 
 
 def _check_nesting(text: str) -> None:
@@ -223,6 +234,7 @@ def _version_0_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return _digest(json.dumps(content, sort_keys=True).encode(), tensors).hex()
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's message on one line, cut where it is long."""
     text = " ".join(str(error).split())
     return text if len(text) <= _MESSAGE_LENGTH else f"{text[:_MESSAGE_LENGTH]}…"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paroattn.files import write_atomically
 from paroattn.plan import Plan
-from paroattn.plan_facts import head_densities, plan_facts
+from paroattn.plan_facts import plan_facts
 from paroattn_lab.quality.head_study import HeadStudy
 from paroattn_lab.quality.metrics import lower_is_closer
 from paroattn_lab.quality.pairs import Pair
@@ -75,7 +75,7 @@ def write_report(
         missing=shown.record.get("missing", {}),
         time_chart=time_chart(parts) if parts else None,
         time_note=_time_note(shown),
-        density_map=density_map(head_densities(plan)) if plan is not None else None,
+        density_map=density_map(plan.head_densities().tolist()) if plan is not None else None,
         browser=browser,
         browser_name=shown.name,
         study_pair=study.pair if study else None,
@@ -94,7 +94,7 @@ def write_plan_page(path: Path, plan: Plan, name: str) -> None:
         title=f"paroattn plan: {name}",
         lead=f"{plan.model.class_name} at grid {plan.grid}: {plan.density():.1%} of the attention blocks are computed, "
         f"in {len(plan.order_names)} token orders, with {len(plan.mask_table):,} different masks.",
-        density_map=density_map(head_densities(plan)),
+        density_map=density_map(plan.head_densities().tolist()),
         browser=browser,
         browser_name=name,
         made_with={"Plan": _texts(facts, without=("calibration", "layers")), "Calibration": _texts(plan.provenance)},
