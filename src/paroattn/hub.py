@@ -64,7 +64,7 @@ def find_plan(
     Args:
         revision: branch, tag or commit of the repository.
         token: for private repositories; default: that of `hf auth login`.
-        endpoint: address of the hub; default: what `HF_ENDPOINT` says, else https://huggingface.co.
+        endpoint: address of the hub; default: what `HF_ENDPOINT` says, else the public one.
         cache_dir: where downloads are kept.
         local_files_only: choose among the plans that were downloaded before, as with `HF_HUB_OFFLINE=1`.
     """
@@ -143,7 +143,7 @@ def push_plan(
         private: whether to make it a private one.
         revision: branch to commit to.
         token: with the right to write; default: that of `hf auth login`.
-        endpoint: address of the hub; default: what `HF_ENDPOINT` says, else https://huggingface.co.
+        endpoint: address of the hub; default: what `HF_ENDPOINT` says, else the public one.
         base_model, license: what the card says from then on (`plan_card.updated_card`).
         commit_arguments: `commit_message`, `create_pr` and the like, as of `huggingface_hub.HfApi.create_commit`.
 
