@@ -1,8 +1,10 @@
 """The public file format: what docs/plan-format.md says of it, and that older files are read and newer keys kept."""
 
+import importlib
 import json
 import os
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,9 +16,13 @@ import pytest
 import tiny
 import torch
 from plan_files import apart, forge, masks_of, small_plan
+from test_budget import statistics as some_statistics
 
-from paroattn import Plan, PlanError
+import paroattn
+from paroattn import CostStatistics, Plan, PlanError, Precision
 from paroattn.block_mask import block_count, unpack_bits
+from paroattn.calibration.checkpoint import Checkpoint
+from paroattn.plan_cache import PlanCache, PlanWish
 from paroattn.plan_file import HEADER_BYTES
 from paroattn.plan_header import MOST
 
@@ -189,12 +195,26 @@ def test_what_is_too_large_to_be_loaded_is_not_saved(tmp_path, monkeypatch):
         small_plan(provenance={"deep": json.loads("[" * 63 + "]" * 63)}).save(tmp_path / "plan")
 
 
-def test_plans_are_saved_and_loaded_without_pickle(tmp_path, monkeypatch):
+def test_every_kind_of_file_is_saved_and_loaded_without_pickle(tmp_path, monkeypatch):
+    for module in pkgutil.walk_packages(paroattn.__path__, "paroattn."):
+        importlib.import_module(module.name)
+
     def refuse(*_, **__):
         raise AssertionError("pickled")
 
     for name in ("Pickler", "Unpickler", "dump", "dumps", "load", "loads"):
         monkeypatch.setattr(pickle, name, refuse)
-    small_plan().save(tmp_path / "plan")
+    plan, statistics = small_plan(), some_statistics()
+    plan.save(tmp_path / "plan")
     for path in (tmp_path / "plan", VERSION_0):
         Plan.load(path)
+    plan.save_pretrained(tmp_path / "shared")
+    Plan.from_pretrained(tmp_path / "shared")
+    cache, wish = PlanCache(tmp_path / "cache"), PlanWish(0.5, Precision())
+    cache.put(plan, wish)
+    assert cache.find(plan.model, plan.grid, wish) is not None
+    statistics.save(tmp_path / "statistics")
+    CostStatistics.load(tmp_path / "statistics")
+    checkpoint = Checkpoint(tmp_path / "work", "0")
+    checkpoint.save("costs", {"costs": statistics.costs}, {"done": 1})
+    assert checkpoint.load("costs") is not None
