@@ -14,7 +14,8 @@ test: lint
 
 # What concerns diffusers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n auto --dist loadscope -k "not compil" tests/test_apply.py tests/test_models.py \
+	.venv-oldest/bin/python -m pytest -n auto --dist loadscope -k "not compil" -m "not family" \
+		tests/test_apply.py tests/test_models.py \
 		tests/test_schedule.py tests/test_requests.py tests/test_memory.py
 
 lint: .venv/installed

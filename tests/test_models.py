@@ -2,25 +2,31 @@
 
 import contextlib
 import functools
+import importlib
+import inspect
+import pkgutil
+import re
 import warnings
+from pathlib import Path
 
 import oracles
 import pytest
 import tiny
 import tiny_models
 import torch
+from tiny_families import ALL, FAMILIES
 from tiny_models import MODELS
 
 import paroattn
 from paroattn.block_mask import block_count, text_blocks, unpack_bits
 from paroattn.calibration.calibrate import collect_costs
 from paroattn.integrations.attach import Attachment
-from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules
+from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules, known_class
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.order import token_order
 
 
-def each_model(models=MODELS):
+def each_model(models=ALL):
     return pytest.mark.parametrize("model", models, ids=lambda model: model.name)
 
 
@@ -189,7 +195,13 @@ def test_a_transformer_that_was_never_calibrated_stays_dense_and_says_so():
         model.latents(pipe)
 
 
-REPEATED = {"cogvideox": "CogVideoXBlock", "mochi": "MochiTransformerBlock", "sd3": "JointTransformerBlock"}
+REPEATED = {
+    "cogvideox": "CogVideoXBlock",
+    "mochi": "MochiTransformerBlock",
+    "sd3": "JointTransformerBlock",
+    "hidream": "HiDreamAttention",  # experts break the graph of a block
+    "lumina2": "Lumina2TransformerBlock",
+}
 
 
 def compiled_graphs(model, how, applied):
@@ -228,19 +240,91 @@ def own_graphs(model, in_blocks):
     return compiled_graphs(model, "blocks" if in_blocks else "in place", applied=False)[0]
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
-@each_model()
+def _ways_to_compile():
+    """Three for each model; one for a family, as a whole where the model itself can be."""
+    for model in MODELS:
+        yield from (pytest.param(model, how, id=f"{model.name}-{how}") for how in ("whole", "in place", "blocks"))
+    for model in FAMILIES:
+        how = "in place" if model.whole_graph else "blocks"
+        yield pytest.param(model, how, id=f"{model.name}-{how}", marks=pytest.mark.family)
+
+
+@pytest.mark.parametrize(("model", "how"), _ways_to_compile())
 def test_compiled_without_breaks_and_with_no_more_graphs_than_the_model_itself(model, how):
+    if not model.whole_graph:
+        with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
+            own_graphs(model, in_blocks=False)
     graphs, latents, plan = compiled_graphs(model, how, applied=True)
     pipe = model.pipe()
     with paroattn.apply(pipe, plan, strict=True):
         assert relative_error(latents, model.latents(pipe)) < 1e-5
-    extra = 1 if model is tiny_models.QWEN and how != "blocks" else 0  # two numbers of text tokens: made dynamic
+    # Two numbers of text tokens: made dynamic.
+    extra = 1 if model.name in ("qwen", "lumina2") and how != "blocks" else 0
     assert graphs <= own_graphs(model, how == "blocks") + extra
 
 
-def test_every_descriptor_names_a_class_of_diffusers():
+@pytest.mark.family
+def test_every_descriptor_names_a_class_of_diffusers_and_is_tested():
     import diffusers
 
+    tested = {known_class(model.pipe().transformer) for model in (*MODELS, *FAMILIES)}
+    assert tested | {"WanVACETransformer3DModel"} == set(DESCRIPTORS)  # which test_requests.py tests
     for name in DESCRIPTORS:
         assert hasattr(diffusers, name)
+
+
+@pytest.mark.family
+def test_every_transformer_class_of_diffusers_is_known_or_left_out_with_a_reason():
+    from diffusers.models import ModelMixin, transformers
+
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.iter_modules(transformers.__path__, f"{transformers.__name__}.")
+    ]
+    classes = {
+        name
+        for module in modules
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and issubclass(kind, ModelMixin) and kind.__module__ == module.__name__
+    }
+    docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    known, left_out = docs.split("### Classes that are left out")
+    left_out = set(re.findall(r"`(\w+)`", left_out.split("\n## ")[0]))
+    assert classes == set(DESCRIPTORS) | left_out
+    assert set(DESCRIPTORS) <= set(re.findall(r"`(\w+)`", known))
+
+
+def test_a_subclass_is_taken_as_the_class_that_it_inherits_from():
+    class FineTune(type(tiny.tiny_wan().transformer)):
+        pass
+
+    pipe, own = tiny.tiny_wan(), tiny.tiny_wan()
+    pipe.transformer.__class__ = FineTune
+    plan = tiny.make_plan(own, precision="int4")
+    with paroattn.apply(pipe, plan, strict=True), paroattn.apply(own, plan, strict=True):
+        assert torch.equal(tiny.latents(pipe), tiny.latents(own))
+
+
+def test_a_subclass_with_other_attention_is_refused_in_one_line_that_says_what_differs():
+    class Renamed(type(tiny.tiny_wan().transformer)):
+        pass
+
+    class Bare(torch.nn.Module):
+        pass
+
+    renamed, bare, odd = tiny.tiny_wan(), tiny.tiny_wan(), tiny.tiny_wan()
+    for pipe in (renamed, bare, odd):
+        pipe.transformer.__class__ = Renamed
+    for block in renamed.transformer.blocks:
+        block.attention = block._modules.pop("attn1")
+    bare.transformer.blocks[1].attn1 = Bare()
+    odd.transformer.blocks[1].attn1.processor = Bare()
+    like = "Renamed is not like WanTransformer3DModel: "
+    for pipe, reason in (
+        (renamed, like + r"it has no attention modules named blocks"),
+        (bare, like + r"its blocks\.1\.attn1 is a Bare without a processor"),
+        (odd, "attention processor Bare cannot be taken over"),
+    ):
+        with pytest.raises(paroattn.InputError, match=reason) as raised:
+            paroattn.apply(pipe, precision="int8")
+        assert "\n" not in str(raised.value)

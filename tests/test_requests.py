@@ -8,9 +8,11 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from tiny_families import FAMILIES
 from tiny_models import FLUX, QWEN, random
 
 import paroattn
+from paroattn.integrations.descriptors import DESCRIPTORS
 
 
 def flux_like(kind, **arguments):
@@ -175,3 +177,63 @@ def test_nothing_global_in_diffusers_is_changed():
         FLUX.latents(pipe)
         now = [dict(vars(module)) for module in (attention_dispatch, attention_processor, transformer_flux)]
     assert now == before
+
+
+def _two_boxes():
+    """Arguments of forward calls whose visual tokens are no single box, and the class of the transformer."""
+    image = torch.cartesian_prod(*(torch.arange(size) for size in (1, 4, 6, 1)))
+    reference = image + torch.tensor([10, 0, 0, 0])
+    text = torch.zeros(5, 4, dtype=torch.long)
+    latents = torch.zeros(4, 1, 8, 12)
+    indicator = torch.tensor([[0] * 2 + [1] * 3 + [2] * 24, [0] * 3 + [1] * 2 + [2] * 24])
+    return {
+        "Flux2Transformer2DModel": {"img_ids": torch.cat((image, reference))},
+        "Flux3Transformer2DModel": {"img_ids": image, "image_cond_hidden_states": torch.zeros(1, 24, 8)},
+        "Krea2Transformer2DModel": {
+            "position_ids": torch.cat((text, image, reference)), "encoder_hidden_states": torch.zeros(1, 5, 8)
+        },
+        "MiniMaxH3Transformer3DModel": {
+            "position_ids": torch.cat((text, image, text, image)),
+            "video_indices": torch.cat((torch.arange(5, 29), torch.arange(34, 58))),
+        },
+        "QwenImage21Transformer2DModel": {"img_shapes": [[(1, 2, 2), (1, 4, 6)]]},
+        "ZImageTransformer2DModel": {"x": [latents, latents[..., 2:]], "cap_feats": [torch.zeros(5, 8)] * 2},
+        "Lumina2Transformer2DModel": {
+            "hidden_states": torch.zeros(2, 4, 8, 12), "encoder_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])
+        },
+        "Ideogram4Transformer2DModel": {"position_ids": torch.cat((text, image))[None], "indicator": indicator[:, :-1]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _two_boxes())
+def test_visual_tokens_that_are_no_single_box_have_no_grid(name):
+    config = type("Config", (), {"patch_size": 2})
+    assert DESCRIPTORS[name].grid(config, _two_boxes()[name]) is None
+
+
+def _skyreels_by_blocks_of_frames():
+    model = next(model for model in FAMILIES if model.name == "skyreels")
+    pipe = model.pipe()
+    pipe.transformer.register_to_config(num_frame_per_block=2)
+    return model, pipe, {}
+
+
+def _chroma_with_a_mask_that_adds():
+    """As its own text encoder's: 1 for a token, 0 for padding, added to logits."""
+    model = next(model for model in FAMILIES if model.name == "chroma")
+    masks = {name: mask.float() for name, mask in model.arguments().items() if name.endswith("mask")}
+    return model, model.pipe(), masks
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("make", [_skyreels_by_blocks_of_frames, _chroma_with_a_mask_that_adds])
+def test_masks_that_do_more_than_hide_keys_leave_attention_to_the_model(make):
+    model, pipe, changes = make()
+    full = model.latents(pipe, **changes)
+    plan = tiny.make_plan(model.pipe(), grid=model.grid, precision="int4")
+    with (
+        paroattn.apply(pipe, plan) as handle,
+        pytest.warns(UserWarning, match="the attention mask hides more than keys"),
+    ):
+        assert torch.equal(model.latents(pipe, **changes), full)
+    assert handle.report().planned == 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_families
 import tiny_models
 import torch
 
@@ -128,7 +129,7 @@ def test_sizes_in_turn_have_plans_of_their_own(pipe, tmp_path):
         assert list(handle.report().plans) == [str(TokenGrid(6, 4, 5)), str(TokenGrid(6, 6, 5))]
 
 
-@pytest.mark.parametrize("model", tiny_models.MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", tiny_families.ALL, ids=lambda model: model.name)
 def test_every_model_calibrates_itself(model, tmp_path):
     pipe = model.pipe()
     own = model.latents(pipe)

@@ -105,8 +105,8 @@ def test_every_model_class_can_be_called_with_random_arguments(model):
     assert grid.text_tokens == model.grid.text_tokens
 
 
-def test_every_model_class_that_paroattn_knows_can_be_timed():
-    assert CALLS.keys() == DESCRIPTORS.keys()
+def test_every_model_class_that_can_be_timed_is_one_that_paroattn_knows():
+    assert CALLS.keys() <= DESCRIPTORS.keys()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,10 @@ def test_rounds_are_interleaved_and_the_first_does_not_count():
         (["--config", "no-such"], "config 'no-such' is no file; expected one, or one of wan-2.1-1.3b-480p"),
         (["--config", "CONFIG"], "size is missing"),
         (["--config", "BROKEN", "--size", SIZE_TEXT], "is not a JSON object"),
-        (["--config", "OTHER", "--size", SIZE_TEXT], "is of class 'UNet2DModel'; paroattn knows WanTransformer3DModel"),
+        (
+            ["--config", "OTHER", "--size", SIZE_TEXT],
+            "is of class 'UNet2DModel'; without weights WanTransformer3DModel",
+        ),
         (["--config", "CONFIG", "--size", "3x4"], "size is 1x3x4; expected at least 16 x 16 pixels"),
         (["--config", "CONFIG", "--size", "big"], "'big'; expected FRAMESxHEIGHTxWIDTH"),
         (["--config", "CONFIG", "--size", SIZE_TEXT, "--layers", "3"], "layers is 3; expected 1 to 2"),

@@ -163,7 +163,8 @@ def _read(path: Path, size: tuple[int, int, int] | None) -> Preset:
     except (ValueError, AttributeError) as error:
         raise InputError(f"config {str(path)!r} is not a JSON object: {error}") from error
     if name not in CALLS:
-        raise InputError(f"config {str(path)!r} is of class {name!r}; paroattn knows {', '.join(CALLS)}")
+        timed = ", ".join(CALLS)
+        raise InputError(f"config {str(path)!r} is of class {name!r}; without weights {timed} can be timed")
     return Preset(config, size)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paroattn.integrations.attach import Forward
@@ -23,7 +25,18 @@ class ForwardCall:
     output: Any
 
     def __call__(self) -> Tensor:
-        return self.transformer(**self.arguments)[0]
+        """What the transformer makes of the latents; a list of samples as one tensor."""
+        sample = self.transformer(**self.arguments)[0]
+        return sample if isinstance(sample, Tensor) else torch.stack(list(sample))
+
+
+def _copied(output: Any) -> Any:
+    """An output of a transformer with tensors of its own."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _copied(value) for name, value in output.items()})
+    return type(output)(_copied(value) for value in output) if isinstance(output, list | tuple) else output
 
 
 class Recording:
@@ -69,9 +82,8 @@ class Recording:
     def _take(self, module: Any, _: Any, output: Any) -> None:
         if output is None or not self._arguments:  # the call failed
             return
-        kept = (output[0].clone(),) if isinstance(output, tuple) else type(output)(sample=output[0].clone())
         module = getattr(module, "_orig_mod", module)
-        self._calls.append(ForwardCall(module, self._step, self._arguments.pop(), kept))
+        self._calls.append(ForwardCall(module, self._step, self._arguments.pop(), _copied(output)))
 
     def calls_of(self, step: int) -> list[ForwardCall]:
         """The forward calls of a step, two under guidance."""
@@ -81,10 +93,14 @@ class Recording:
     def replayed(self, steps: int) -> Iterator[None]:
         """The transformers answer the calls of the first steps with what they answered then, without computing it."""
         left = [call for call in self._calls if call.step < steps]
-        own = {transformer: vars(transformer).get("forward") for transformer in self._pipeline.transformers}
+        transformers = self._pipeline.transformers
+        own = {transformer: vars(transformer).get("forward") for transformer in transformers}
+        forwards = {transformer: transformer.forward for transformer in transformers}
 
-        def answer(*_: Any, **__: Any) -> Any:
+        def answer(*args: Any, **kwargs: Any) -> Any:
             call = left.pop(0)
+            if kwargs.get("kv_cache_mode") == "extract":  # calls of later steps read what this one keeps
+                forwards[call.transformer](*args, **kwargs)
             if not left:
                 put_back()
             return call.output
@@ -97,8 +113,8 @@ class Recording:
                     transformer.forward = forward
 
         if left and not self._pipeline.is_compiled:
-            for transformer in own:
-                transformer.forward = answer
+            for transformer, forward in forwards.items():  # modular pipelines ask for the signature
+                transformer.forward = functools.wraps(forward)(answer)
         try:
             yield
         finally:

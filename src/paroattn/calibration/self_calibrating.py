@@ -278,7 +278,7 @@ class _ObservedRequest:
         self.attention = attention
         self.thread = threading.current_thread()
         self.grid = forward.grid
-        self.device = forward.hidden_states.device
+        self.device = forward.latents.device
         self._schedule = Schedule()
         self._schedule.follow(forward.descriptor, forward.timestep, pipeline.scheduler)
         self.is_complete = self._schedule.num_steps == 1

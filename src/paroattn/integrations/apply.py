@@ -165,8 +165,8 @@ class Handle:
 
     def _choose(self, forward: Forward) -> Plan | Dense | None:
         """The plan of a forward call (None: all blocks), or why it stays dense."""
-        plan = self._plan_for(forward.grid, forward.hidden_states.device)
-        reason = self.runner(plan, forward.hidden_states.device).refusal(forward.grid)
+        plan = self._plan_for(forward.grid, forward.latents.device)
+        reason = self.runner(plan, forward.latents.device).refusal(forward.grid)
         if reason is not None and self._other_sizes == "error":
             raise PlanError(f"{reason}. Calibrate at this size, or apply with other_sizes='adapt' or 'dense'.")
         return plan if reason is None else Dense(reason)
@@ -188,7 +188,7 @@ class Handle:
 
     def _before_forward(self, forward: Forward) -> None:
         self._collect()
-        tensor, request = forward.hidden_states, self._requests[forward.transformer]
+        tensor, request = forward.latents, self._requests[forward.transformer]
         chosen = self._choose(forward)
         observe = self._observer()
         if isinstance(chosen, Dense):
@@ -313,7 +313,7 @@ class PlannedLayer:
                 runner = self._handle.runner(known.plan, call.query.device).layers[self._layer]
         if runner is None:
             raise InputError("paroattn was applied to a transformer on the meta device; apply it where it runs")
-        return runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask, scale=call.scale)
+        return runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask)
 
     def _note(self, reason: str | None) -> None:
         if torch.compiler.is_compiling():

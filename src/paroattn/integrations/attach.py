@@ -15,7 +15,7 @@ from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 from paroattn.integrations.descriptors import ModelDescriptor, describe
 from paroattn.integrations.pipeline import Pipeline
-from paroattn.integrations.rebind import Intercept, is_rebound, rebind, refuse_copies, released
+from paroattn.integrations.rebind import CallShape, Intercept, is_rebound, rebind, refuse_copies, released
 
 
 class Forward(NamedTuple):
@@ -34,12 +34,16 @@ class Forward(NamedTuple):
     grid: TokenGrid | None
 
     @property
-    def hidden_states(self) -> Tensor:
-        return self.arguments["hidden_states"]
+    def latents(self) -> Tensor:
+        """The latents; the first ones where there is a list."""
+        found = self.descriptor.latents_of(self.arguments)
+        while not isinstance(found, Tensor):
+            found = found[0]
+        return found
 
     @property
     def timestep(self) -> Tensor:
-        return self.arguments["timestep"]
+        return self.descriptor.timestep_of(self.arguments)
 
 
 OnForward = Callable[[Forward], None]
@@ -75,7 +79,10 @@ class Attachment:
         if any(is_rebound(module.processor) for own in modules for module in own):
             raise InputError("paroattn is already applied to this pipeline; call remove() on its handle first")
         remaining = iter(intercepts)
-        rebound = [[rebind(module.processor, next(remaining)) for module in own] for own in modules]
+        rebound = [
+            [rebind(module.processor, next(remaining), _shape_of_calls(describe(transformer))) for module in own]
+            for transformer, own in zip(self._pipeline.transformers, modules, strict=True)
+        ]
         self._installed: list[tuple[Any, Any, Any]] = []  # module, its own processor, the rebound one
         self._hooks: list[Any] = []
         self._attached = True
@@ -130,6 +137,10 @@ class Attachment:
             self._after_call(False)
             raise
         self._after_call(True)
+
+
+def _shape_of_calls(descriptor: ModelDescriptor) -> CallShape:
+    return CallShape(descriptor.text == "prefix", descriptor.text_asks, descriptor.pair_masks)
 
 
 class _Watcher:

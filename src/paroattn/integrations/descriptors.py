@@ -5,9 +5,11 @@ A new model is a new entry of `DESCRIPTORS` (docs/models.md shows one).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,19 @@ from paroattn.grid import TokenGrid
 Box = tuple[int, int, int]
 """Frames, height and width in tokens."""
 
+Arguments = Mapping[str, Any]
+"""Arguments of a forward call of a transformer, by name."""
+
+
+def lengths(*names: str) -> Callable[[Any, Arguments], int]:
+    """How many tokens the arguments of these names hold together; those that are not given hold none."""
+
+    def count(config: Any, arguments: Arguments) -> int:
+        given = (arguments.get(name) for name in names)
+        return sum(tokens.shape[1] for tokens in given if tokens is not None)
+
+    return count
+
 
 @dataclass(frozen=True)
 class ModelDescriptor:
@@ -28,26 +43,35 @@ class ModelDescriptor:
         self_attention: regular expressions of module names, in the order of the layers; group 1 is the block number.
         box: frames, height and width in tokens, from the model's config and the arguments of a forward call; None if
             the visual tokens are no single box.
-        text: whether text tokens stand before ("prefix") or after ("suffix") the visual ones in self-attention, or
-            None if they take no part in it.
+        text: whether text tokens, and what else is not of the box, stand before ("prefix") or after ("suffix") the
+            visual ones in self-attention, or None if they take no part in it.
+        text_tokens: how many there are, from the model's config and the arguments of a forward call.
+        text_asks: text tokens are queries, too; False where they are keys only.
+        pair_masks: masks are [B, 1 or H, N, N], and their rows are the same for all visual tokens and heads.
         timestep_range: the timestep that stands for pure noise: 1000, or 1 for models that are handed a share.
-        ascending: timesteps grow while noise falls (Mochi).
+        ascending: timesteps grow while noise falls (Mochi, Z-Image).
+        latents_of, timestep_of: find the latents, a tensor or a list, and the timestep among the arguments.
     """
 
     self_attention: tuple[str, ...]
-    box: Callable[[Any, Mapping[str, Any]], Box | None]
+    box: Callable[[Any, Arguments], Box | None]
     text: Literal["prefix", "suffix"] | None = None
+    text_tokens: Callable[[Any, Arguments], int] = lengths("encoder_hidden_states")
+    text_asks: bool = True
+    pair_masks: bool = False
     timestep_range: float = 1000.0
     ascending: bool = False
+    latents_of: Callable[[Arguments], Any] = itemgetter("hidden_states")
+    timestep_of: Callable[[Arguments], Any] = itemgetter("timestep")
 
-    def grid(self, config: Any, arguments: Mapping[str, Any]) -> TokenGrid | None:
+    def grid(self, config: Any, arguments: Arguments) -> TokenGrid | None:
         """The token grid of a forward call, or None if its visual tokens are no single box."""
         box = self.box(config, arguments)
         if box is None:
             return None
         if self.text is None:
             return TokenGrid(*box)
-        return TokenGrid(*box, arguments["encoder_hidden_states"].shape[1], self.text)
+        return TokenGrid(*box, self.text_tokens(config, arguments), self.text)
 
     def level(self, timestep: Tensor | float) -> Tensor:
         """The noise level of a forward call, a 0-dim float32 tensor where the timestep is: 1 is pure noise.
@@ -62,13 +86,14 @@ class ModelDescriptor:
         return (1 - level if self.ascending else level) * self.timestep_range
 
 
-def latents(*dimensions: int) -> Callable[[Any, Mapping[str, Any]], Box]:
+def latents(*dimensions: int) -> Callable[[Any, Arguments], Box]:
     """The box from the shape of latents: which dimensions of `hidden_states` are (frames,) height and width."""
 
-    def box(config: Any, arguments: Mapping[str, Any]) -> Box:
+    def box(config: Any, arguments: Arguments) -> Box:
         patch = config.patch_size
         if isinstance(patch, int):
             patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
+        patch = (1, *patch)[-3:]
         shape = arguments["hidden_states"].shape
         *frames, height, width = (shape[dimension] for dimension in dimensions)
         return (frames[0] // patch[0] if frames else 1), height // patch[1], width // patch[2]
@@ -76,13 +101,13 @@ def latents(*dimensions: int) -> Callable[[Any, Mapping[str, Any]], Box]:
     return box
 
 
-def _sizes_as_arguments(config: Any, arguments: Mapping[str, Any]) -> Box | None:
+def _sizes_as_arguments(config: Any, arguments: Arguments) -> Box | None:
     frames, height, width = (arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
     whole = arguments["hidden_states"].shape[1] == frames * height * width
     return (frames, height, width) if whole else None  # LTXConditionPipeline appends tokens of its conditions
 
 
-def _image_shapes(config: Any, arguments: Mapping[str, Any]) -> Box | None:
+def _image_shapes(config: Any, arguments: Arguments) -> Box | None:
     first = arguments["img_shapes"][0]
     shapes = [first] if isinstance(first[0], int) else list(first)
     if len(shapes) != 1:
@@ -91,44 +116,240 @@ def _image_shapes(config: Any, arguments: Mapping[str, Any]) -> Box | None:
     return frames, height, width
 
 
-def _position_ids(config: Any, arguments: Mapping[str, Any]) -> Box | None:
-    ids: Tensor = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    height, width = (ids[:, 1:3].amax(0) + 1).long().tolist()
-    row_major = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).to(ids.device)
-    whole = len(ids) == height * width and bool((ids == row_major).all())
-    return (1, height, width) if whole else None  # Flux Kontext appends images, whose first id is not 0
+def _box_of_positions(ids: Tensor) -> Box | None:
+    """The box whose tokens have positions ids [N, 3 or more], in any unit: frame, row, column and what is constant."""
+    axes = [axis.unique(return_inverse=True)[1] for axis in ids.T]
+    box = frames, height, width = [int(axis.amax()) + 1 for axis in axes[:3]]
+    if len(ids) != frames * height * width or any(bool(axis.any()) for axis in axes[3:]):
+        return None
+    in_order = torch.cartesian_prod(*(torch.arange(size, device=ids.device) for size in box))
+    return (frames, height, width) if torch.equal(torch.stack(axes[:3], 1), in_order) else None
 
+
+def _image_of_positions(ids: Tensor) -> Box | None:
+    box = _box_of_positions(ids)
+    return box if box is not None and box[0] == 1 else None  # Flux Kontext appends images
+
+
+def _position_ids(config: Any, arguments: Arguments) -> Box | None:
+    if arguments.get("image_cond_hidden_states") is not None:  # of Flux 3
+        return None
+    ids: Tensor = arguments["img_ids"]
+    return _image_of_positions(ids[0] if ids.ndim == 3 else ids)
+
+
+def _positions_of_all(config: Any, arguments: Arguments) -> Box | None:
+    """Of one packed sequence, with the image's tokens behind the text's."""
+    return _image_of_positions(arguments["position_ids"][arguments["encoder_hidden_states"].shape[1] :])
+
+
+def _positions_of_indicated(config: Any, arguments: Arguments) -> Box | None:
+    """Of one packed sequence of Ideogram, in which an indicator tells the image's tokens: the same in every sample."""
+    image = arguments["indicator"] == arguments["indicator"][:1, -1:]
+    count = int(image[0].sum())
+    same = bool((image == image[0]).all() and image[0, -count:].all())
+    return _image_of_positions(arguments["position_ids"][0, -count:]) if same else None
+
+
+def _positions_of_video(config: Any, arguments: Arguments) -> Box | None:
+    """Of one packed sequence of MiniMax-H3, with the video's tokens at its end; references are video tokens, too."""
+    video, ids = arguments["video_indices"], arguments["position_ids"]
+    at_end = int(video[0]) == len(ids) - len(video)
+    return _box_of_positions(ids[-len(video) :]) if at_end else None
+
+
+def _list_of_latents(config: Any, arguments: Arguments) -> Box | None:
+    """Of Z-Image, which is handed a list of [C, F, H, W]; its omni mode a list of lists."""
+    latents, patch = arguments["x"], arguments.get("patch_size", 2)
+    if not isinstance(latents[0], Tensor) or len({item.shape for item in latents}) != 1:
+        return None
+    _, frames, height, width = latents[0].shape
+    return frames // arguments.get("f_patch_size", 1), height // patch, width // patch
+
+
+def _captions_and_padding(config: Any, arguments: Arguments) -> int:
+    """Of Z-Image: image and captions are both padded to multiples of 32; the image's padding stands behind it."""
+    box = _list_of_latents(config, arguments)
+    image = 0 if box is None else -math.prod(box) % 32
+    return image + max(-(-len(caption) // 32) * 32 for caption in arguments["cap_feats"])
+
+
+def _one_prompt_length(config: Any, arguments: Arguments) -> Box | None:
+    """Of Lumina 2, whose image's tokens begin where those of each sample's prompt end."""
+    counts = arguments["encoder_attention_mask"].sum(1)
+    return latents(2, 3)(config, arguments) if bool((counts == counts[0]).all()) else None
+
+
+def _all_items(config: Any, arguments: Arguments) -> Box:
+    """Of JoyImage, where items of one size [B, items, C, F, H, W] follow each other like frames."""
+    shape = arguments["hidden_states"].shape
+    items = shape[1] if len(shape) == 6 else 1
+    patch = config.patch_size
+    return items * shape[-3] // patch[0], shape[-2] // patch[1], shape[-1] // patch[2]
+
+
+def _history(config: Any, arguments: Arguments) -> int:
+    """Tokens of Helios' history, which is coarser the older it is."""
+    count = 0
+    for name, factor in (("short", 1), ("mid", 2), ("long", 4)):
+        past = arguments.get(f"latents_history_{name}")
+        if past is not None:
+            count += math.prod(
+                -(-size // (factor * patch)) for size, patch in zip(past.shape[2:], config.patch_size, strict=True)
+            )
+    return count
+
+
+_DOUBLE_AND_SINGLE = (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn")
+_WAN = ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4))
+_FLUX = ModelDescriptor(_DOUBLE_AND_SINGLE, _position_ids, text="prefix", timestep_range=1.0)
+_COGVIDEOX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix")
+_COGVIEW = replace(_COGVIDEOX, box=latents(2, 3))
 
 DESCRIPTORS = {
-    "WanTransformer3DModel": ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4)),
-    "WanVACETransformer3DModel": ModelDescriptor(
-        (r"blocks\.(\d+)\.attn1", r"vace_blocks\.(\d+)\.attn1"), latents(2, 3, 4)
+    # Video
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": replace(_WAN, self_attention=(r"blocks\.(\d+)\.attn1", r"vace_blocks\.(\d+)\.attn1")),
+    "WanAnimateTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "ChronoEditTransformer3DModel": _WAN,
+    "AnyFlowTransformer3DModel": replace(_WAN, box=latents(1, 3, 4)),
+    "HeliosTransformer3DModel": replace(_WAN, text="prefix", text_tokens=_history),
+    "CogVideoXTransformer3DModel": _COGVIDEOX,
+    "EasyAnimateTransformer3DModel": replace(
+        _COGVIDEOX,
+        box=latents(2, 3, 4),
+        text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_t5"),
     ),
-    "CogVideoXTransformer3DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix"
-    ),
-    "HunyuanVideoTransformer3DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn"),
+    "HunyuanVideoTransformer3DModel": ModelDescriptor(_DOUBLE_AND_SINGLE, latents(2, 3, 4), text="suffix"),
+    "HunyuanVideo15Transformer3DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn",),
         latents(2, 3, 4),
         text="suffix",
+        text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+        pair_masks=True,
+    ),
+    "MotifVideoTransformer3DModel": ModelDescriptor(
+        _DOUBLE_AND_SINGLE,
+        latents(2, 3, 4),
+        text="suffix",
+        text_tokens=lengths("encoder_hidden_states", "image_embeds"),
     ),
     "LTXVideoTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _sizes_as_arguments),
+    "LTX2VideoTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _sizes_as_arguments),
+    "MiniMaxH3Transformer3DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn",),
+        _positions_of_video,
+        text="prefix",
+        text_tokens=lambda config, arguments: len(arguments["position_ids"]) - len(arguments["video_indices"]),
+        timestep_range=1.0,
+        ascending=True,
+        timestep_of=lambda arguments: arguments["timestep"][arguments["timestep_indices"][-1]],
+    ),
     "MochiTransformer3DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), text="suffix", ascending=True
     ),
-    "FluxTransformer2DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn"),
-        _position_ids,
+    "AllegroTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4)),
+    "CosmosTransformer3DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), timestep_range=1.0
+    ),
+    "LatteTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(3, 4)),
+    "Kandinsky5Transformer3DModel": ModelDescriptor(
+        (r"visual_transformer_blocks\.(\d+)\.self_attention",), latents(1, 2, 3)
+    ),
+    "Kandinsky6Transformer3DModel": ModelDescriptor(
+        (r"visual_transformer_blocks\.(\d+)\.video_dec_block\.self_attention",), latents(1, 2, 3)
+    ),
+    # Images
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX,
+    "Flux3Transformer2DModel": replace(
+        _FLUX, self_attention=(r"mode_blocks\.image\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn")
+    ),
+    "ChromaTransformer2DModel": replace(_FLUX, pair_masks=True),
+    "LongCatImageTransformer2DModel": _FLUX,
+    "OvisImageTransformer2DModel": _FLUX,
+    "BriaTransformer2DModel": replace(_FLUX, timestep_range=1000.0),
+    "BriaFiboTransformer2DModel": replace(_FLUX, timestep_range=1000.0),
+    "Krea2Transformer2DModel": replace(
+        _FLUX, self_attention=(r"transformer_blocks\.(\d+)\.attn",), box=_positions_of_all
+    ),
+    "Ideogram4Transformer2DModel": ModelDescriptor(
+        (r"layers\.(\d+)\.attention",),
+        _positions_of_indicated,
         text="prefix",
+        text_tokens=lambda config, arguments: int((arguments["indicator"][0] != arguments["indicator"][0, -1]).sum()),
+        pair_masks=True,
         timestep_range=1.0,
+        ascending=True,
     ),
     "QwenImageTransformer2DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", timestep_range=1.0
     ),
+    "QwenImage21Transformer2DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", text_asks=False, timestep_range=1.0
+    ),
+    "NucleusMoEImageTransformer2DModel": ModelDescriptor(
+        (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="suffix", text_asks=False, timestep_range=1.0
+    ),
+    "PRXTransformer2DModel": ModelDescriptor(
+        (r"blocks\.(\d+)\.attention",), latents(2, 3), text="prefix", text_asks=False, timestep_range=1.0
+    ),
     "SD3Transformer2DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn", r"transformer_blocks\.(\d+)\.attn2"), latents(2, 3), text="suffix"
     ),
+    "HunyuanImageTransformer2DModel": ModelDescriptor(
+        _DOUBLE_AND_SINGLE,
+        lambda config, arguments: latents(*range(2, arguments["hidden_states"].ndim))(config, arguments),
+        text="suffix",
+        text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_2"),
+    ),
+    "HiDreamImageTransformer2DModel": ModelDescriptor(
+        (r"double_stream_blocks\.(\d+)\.block\.attn1", r"single_stream_blocks\.(\d+)\.block\.attn1"),
+        latents(2, 3),
+        text="suffix",
+        text_tokens=lambda config, arguments: (
+            arguments["encoder_hidden_states_t5"].shape[1] + 2 * arguments["encoder_hidden_states_llama3"].shape[-2]
+        ),
+        timestep_of=itemgetter("timesteps"),
+    ),
+    "ZImageTransformer2DModel": ModelDescriptor(
+        (r"noise_refiner\.(\d+)\.attention", r"layers\.(\d+)\.attention"),
+        _list_of_latents,
+        text="suffix",
+        text_tokens=_captions_and_padding,
+        timestep_range=1.0,
+        ascending=True,
+        latents_of=itemgetter("x"),
+        timestep_of=itemgetter("t"),
+    ),
+    "ErnieImageTransformer2DModel": ModelDescriptor(
+        (r"layers\.(\d+)\.self_attention",), latents(2, 3), text="suffix", text_tokens=lengths("text_bth")
+    ),
+    "JoyImageEditTransformer3DModel": ModelDescriptor((r"double_blocks\.(\d+)\.attn",), _all_items, text="suffix"),
+    "CogView3PlusTransformer2DModel": _COGVIEW,
+    "CogView4Transformer2DModel": _COGVIEW,
+    "GlmImageTransformer2DModel": replace(_COGVIEW, timestep_of=lambda arguments: arguments["timestep"] + 1),
+    "AuraFlowTransformer2DModel": ModelDescriptor(
+        (r"joint_transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn"),
+        latents(2, 3),
+        text="prefix",
+        text_tokens=lambda config, arguments: arguments["encoder_hidden_states"].shape[1] + 8,  # registers
+        timestep_range=1.0,
+    ),
+    "Lumina2Transformer2DModel": ModelDescriptor(
+        (r"noise_refiner\.(\d+)\.attn", r"layers\.(\d+)\.attn"),
+        _one_prompt_length,
+        text="prefix",
+        text_tokens=lambda config, arguments: int(arguments["encoder_attention_mask"][0].sum()),
+        timestep_range=1.0,
+        ascending=True,
+    ),
+    "LuminaNextDiT2DModel": ModelDescriptor(
+        (r"layers\.(\d+)\.attn1",), latents(2, 3), pair_masks=True, timestep_range=1.0, ascending=True
+    ),
+    "HunyuanDiT2DModel": ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3)),
+    "PixArtTransformer2DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3)),
 }
 
 
@@ -146,17 +367,42 @@ def known_class(transformer: nn.Module) -> str:
 
 
 def attention_modules(transformer: nn.Module) -> list[Any]:
-    """The self-attention modules of a transformer, in the order of its layers."""
+    """The self-attention modules of a transformer, in the order of its layers.
+
+    Raises:
+        InputError: an unknown class, or a subclass of a known one whose attention is elsewhere or not a processor's.
+    """
     found = []
     for rank, pattern in enumerate(describe(transformer).self_attention):
         for name, module in transformer.named_modules():
             match = re.fullmatch(pattern, name)
             if match:
-                found.append((rank, int(match.group(1)), module))
-    return [module for _, _, module in sorted(found, key=lambda item: item[:2])]
+                found.append((rank, int(match.group(1)), name, module))
+    like = f"{type(transformer).__name__} is not like {known_class(transformer)}"
+    if not found:
+        patterns = " or ".join(describe(transformer).self_attention)
+        raise InputError(f"{like}: it has no attention modules named {patterns}")
+    for _, _, name, module in found:
+        if not hasattr(module, "processor"):
+            raise InputError(f"{like}: its {name} is a {type(module).__name__} without a processor")
+    return [module for *_, module in sorted(found, key=lambda item: item[:2])]
+
+
+def head_shape(attention: Any) -> tuple[int, int]:
+    """Number of heads and head_dim of a self-attention module."""
+    heads = getattr(attention, "heads", None) or attention.num_heads
+    head_dim = getattr(attention, "head_dim", None)
+    if head_dim is not None:
+        return heads, head_dim
+    projections = (getattr(attention, name, None) for name in ("to_q", "to_query"))
+    width = getattr(attention, "inner_dim", None) or next(item.out_features for item in projections if item is not None)
+    return heads, width // heads
 
 
 def output_projection(attention: Any) -> Any:
     """The module that the heads of a self-attention module go through, or None if a block's other channels do, too."""
-    projections = getattr(attention, "to_out", None)
-    return None if projections is None else projections[0]
+    found = getattr(attention, "to_out", getattr(attention, "out_layer", None))
+    if isinstance(found, nn.ModuleList | nn.Sequential):
+        return found[0]
+    heads, head_dim = head_shape(attention)
+    return found if getattr(found, "in_features", None) == heads * head_dim else None

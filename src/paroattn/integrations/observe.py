@@ -79,7 +79,7 @@ class ObservedCall:
             call.key.detach(),
             call.value.detach(),
             call.key_mask,
-            call.query.shape[-1] ** -0.5 if call.scale is None else call.scale,
+            call.query.shape[-1] ** -0.5,
             call.dense,
         )
 

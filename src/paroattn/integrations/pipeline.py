@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paroattn.errors import InputError
-from paroattn.integrations.descriptors import attention_modules, known_class
+from paroattn.integrations.descriptors import attention_modules, head_shape, known_class
 from paroattn.plan import ModelIdentity
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -23,15 +23,28 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 ATTENTION_KEYS = (
+    "all_patch_size",
     "attention_head_dim",
+    "axes_dim_rope",
+    "axes_dims",
     "axes_dims_rope",
+    "depth",
+    "dim",
     "dual_attention_layers",
     "guidance_embeds",
+    "hidden_size",
     "image_dim",
     "in_channels",
+    "model_dim",
+    "n_heads",
+    "n_layers",
     "num_attention_heads",
+    "num_heads",
     "num_layers",
+    "num_mmdit_layers",
+    "num_single_dit_layers",
     "num_single_layers",
+    "num_visual_blocks",
     "patch_size",
     "patch_size_t",
     "pos_embed_max_size",
@@ -87,6 +100,7 @@ class Pipeline:
         The layers of a second transformer follow those of the first.
         """
         layers = sum(map(len, self.layers))
+        heads, head_dim = head_shape(self.layers[0][0])
         configs: list[Any] = [transformer.config for transformer in self.transformers]
         public = [{key: config[key] for key in ATTENTION_KEYS if key in config} for config in configs]
         # The configs of two transformers are listed, the one of a single transformer stands alone.
@@ -95,8 +109,8 @@ class Pipeline:
             class_name=known_class(self.transformers[0]),
             config_hash=hashlib.sha256(described.encode()).hexdigest(),
             layers=layers,
-            heads=configs[0].num_attention_heads,
-            head_dim=configs[0].attention_head_dim,
+            heads=heads,
+            head_dim=head_dim,
         )
 
     @property
@@ -128,9 +142,13 @@ class Pipeline:
         ]
 
     def generate(self, **arguments: Any) -> Tensor:
-        """What a call of the pipeline with these arguments returns first; `InputError` for arguments it refuses."""
+        """What a call of the pipeline with these arguments returns first; `InputError` for arguments it refuses.
+
+        A modular pipeline returns what `output` among the arguments says: a tensor, if it is one's name.
+        """
         try:
-            return self._pipe(**arguments)[0]
+            found = self._pipe(**arguments)
+            return found if isinstance(found, Tensor) else found[0]
         except BaseException as error:
             # Parts that are moved when they are needed go back, as at the end of a generation.
             if hasattr(self._pipe, "maybe_free_model_hooks"):

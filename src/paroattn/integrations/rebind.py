@@ -28,9 +28,8 @@ class AttentionCall(NamedTuple):
     """A call of a layer's attention that was intercepted.
 
     Attributes:
-        query, key, value: [B, N, H, D].
+        query, key, value: [B, N, H, D]; logits are scaled by 1 / sqrt(D), another factor is in the queries.
         key_mask: bool [B, N], False for keys to ignore, or None.
-        scale: factor of the logits, or None for 1 / sqrt(D).
         dense: computes it with the model's own attention, [B, N, H, D].
         refusal: why nothing else can compute it, or None.
     """
@@ -39,7 +38,6 @@ class AttentionCall(NamedTuple):
     key: Tensor
     value: Tensor
     key_mask: Tensor | None
-    scale: float | None
     dense: Callable[[], Tensor]
     refusal: str | None
 
@@ -52,21 +50,37 @@ class AttentionCall(NamedTuple):
 Intercept = Callable[[AttentionCall], Tensor]
 """Takes the place of one layer's attention: the output, [B, N, H, D]."""
 
-_INTERCEPT = "_paroattn_intercept"
+
+class CallShape(NamedTuple):
+    """How a model calls attention.
+
+    Attributes:
+        text_first: text tokens stand before the visual ones.
+        text_asks: they are queries, too. Where they are keys only, an intercept gets zeros as their queries.
+        pair_masks: masks are [B, 1 or H, N, N]; one row of a visual token says what is hidden from all of them.
+    """
+
+    text_first: bool = False
+    text_asks: bool = True
+    pair_masks: bool = False
 
 
-def rebind(processor: Any, intercept: Intercept) -> Any:
+_INTERCEPT, _SHAPE = "_paroattn_intercept", "_paroattn_shape"
+
+
+def rebind(processor: Any, intercept: Intercept, shape: CallShape = CallShape()) -> Any:
     """A copy of a diffusers attention processor whose attention call goes to `intercept`."""
     rebound = copy.copy(processor)
     processor_class: Any = type(processor)
     rebound.__class__ = _rebound_class(processor_class)
     setattr(rebound, _INTERCEPT, intercept)
+    setattr(rebound, _SHAPE, shape)
     return rebound
 
 
 def released(rebound: Any, own: Any) -> Any:
     """The processor of a rebound one: `own`, from which it was made, or a copy with what was set on it since."""
-    attributes = {name: value for name, value in vars(rebound).items() if name != _INTERCEPT}
+    attributes = {name: value for name, value in vars(rebound).items() if name not in (_INTERCEPT, _SHAPE)}
     before = vars(own)
     if attributes.keys() == before.keys() and all(before[name] is value for name, value in attributes.items()):
         return own
@@ -92,6 +106,7 @@ class _Redirected:
     """What rebound processor classes get besides their own: the targets of the redirected calls."""
 
     _paroattn_intercept: Intercept
+    _paroattn_shape: CallShape
 
     __reduce_ex__ = refuse_copies
 
@@ -130,7 +145,10 @@ class _Redirected:
                 backend=backend,
             )
 
-        return self._paroattn_intercept(_call_of(query, key, value, attn_mask, is_causal, scale, dense))
+        mask = attn_mask
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # [B, N], as PyTorch's own attention does not take it
+            mask = mask[:, None, None]
+        return self._paroattn_attend(query, key, value, mask, is_causal, scale, dense)
 
     def _paroattn_sdpa(
         self,
@@ -152,8 +170,32 @@ class _Redirected:
             return output.transpose(1, 2)
 
         tensors = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        call = _call_of(*tensors, attn_mask, is_causal, scale, dense)
-        return self._paroattn_intercept(call).transpose(1, 2)
+        return self._paroattn_attend(*tensors, attn_mask, is_causal, scale, dense).transpose(1, 2)
+
+    def _paroattn_attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        """The intercept's output of a redirected call, tensors [B, N, H, D]."""
+        shape, visual = self._paroattn_shape, query.shape[1]
+        if shape.text_asks:
+            return self._paroattn_intercept(_call_of(query, key, value, attn_mask, is_causal, scale, dense, shape))
+        text = key.shape[1] - visual
+        if text <= 0:  # text attends to itself
+            return dense()
+        around = (0, 0, 0, 0, text, 0) if shape.text_first else (0, 0, 0, 0, 0, text)
+
+        def padded() -> Tensor:
+            return F.pad(dense(), around)
+
+        call = _call_of(F.pad(query, around), key, value, attn_mask, is_causal, scale, padded, shape)
+        return self._paroattn_intercept(call).narrow(1, text if shape.text_first else 0, visual)
 
 
 def _call_of(
@@ -164,12 +206,17 @@ def _call_of(
     is_causal: bool,
     scale: float | None,
     dense: Callable[[], Tensor],
+    shape: CallShape,
 ) -> AttentionCall:
     """A redirected call as an intercept gets it; tensors [B, N, H, D]."""
+    if shape.pair_masks and isinstance(attn_mask, Tensor) and attn_mask.shape[-2] == key.shape[1]:
+        attn_mask = attn_mask[:, :1, -1 if shape.text_first else 0].unsqueeze(2)
+    if scale is not None and scale != query.shape[-1] ** -0.5:  # Lumina's grows with the image
+        query = query * (scale * query.shape[-1] ** 0.5)
     refusal = _refusal_of(attn_mask, is_causal, key)
     key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
     query, key, value = _as_autocast(query, key, value)
-    return AttentionCall(query, key, value, key_mask, scale, dense, refusal)
+    return AttentionCall(query, key, value, key_mask, dense, refusal)
 
 
 def _refusal_of(attn_mask: Tensor | None, is_causal: bool, key: Tensor) -> str | None:
@@ -178,7 +225,8 @@ def _refusal_of(attn_mask: Tensor | None, is_causal: bool, key: Tensor) -> str |
         return "attention is causal"
     if attn_mask is None:
         return None
-    if attn_mask.dtype != torch.bool or attn_mask.ndim != 4 or attn_mask.shape[1:] != (1, 1, key.shape[1]):
+    mask_of_keys = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool and attn_mask.ndim == 4
+    if not mask_of_keys or attn_mask.shape[1:] != (1, 1, key.shape[1]):
         return "the attention mask hides more than keys"
     return None
 

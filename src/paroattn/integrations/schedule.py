@@ -67,8 +67,14 @@ def _place(level: float, levels: tuple[float, ...], start: int) -> int | None:
 def _levels_ahead(descriptor: ModelDescriptor, timestep: Tensor | float, scheduler: Any) -> tuple[float, ...]:
     """Different levels of the scheduler's timesteps, rounded as the transformer gets them."""
     dtype = timestep.dtype if isinstance(timestep, Tensor) else torch.float64
-    timesteps = scheduler.timesteps.cpu().to(dtype)
-    if descriptor.timestep_range == 1:
-        timesteps = timesteps / scheduler.config.num_train_timesteps
+    timesteps = scheduler.timesteps.cpu()
+    whole = scheduler.config.get("num_train_timesteps")  # None where they are what the transformer is handed
+    if whole is not None and descriptor.ascending and not scheduler.config.get("invert_sigmas"):
+        timesteps = whole - timesteps  # as the pipeline turns them round
+    timesteps = timesteps.to(dtype)
+    if whole is not None and descriptor.timestep_range == 1:
+        timesteps = timesteps / whole
+        if bool((timesteps > 1).any()):  # sigmas beyond 1, of which Cosmos is handed the share of noise
+            timesteps = timesteps / (1 + timesteps)
     levels = torch.stack([descriptor.level(timestep) for timestep in timesteps])
     return tuple(torch.unique_consecutive(levels).tolist())
