@@ -14,7 +14,7 @@ from paroattn import Precision
 from paroattn.calibration import gpu as calibration
 from paroattn.ops import reference
 from paroattn.ops.backend import choose_backend
-from paroattn.ops.gpu import backend, configs, device, hopper
+from paroattn.ops.gpu import backend, configs, device
 from paroattn.ops.gpu.configs import Config, Kind
 from paroattn.ops.inputs import CallKind
 
@@ -95,12 +95,6 @@ def test_gpus_get_the_newest_target_of_their_generation():
     found = {(8, 0): "sm80", (8, 6): "sm86", (8, 7): "sm86", (8, 9): "sm89", (9, 0): "sm90", (10, 3): "sm100"}
     found |= {(12, 1): "sm120", (7, 5): None}
     assert {capability: device.nearest_target(*capability) for capability in found} == found
-
-
-def test_the_cuda_kernel_leaves_heads_beyond_128_channels_to_tritons():
-    for head_dim, taken in ((64, True), (128, True), (136, False), (256, False)):
-        output = torch.empty(1, 2, 70, head_dim, dtype=torch.bfloat16)
-        assert hopper.takes("int8", "int8", output) == taken
 
 
 def test_configurations_can_be_replaced(monkeypatch):
