@@ -220,8 +220,9 @@ _SPILLING = ("attend_rows", "kept_errors")
 
 def _spills_anyway(target: str, kind: Kind, variant: dict[str, bool]) -> bool:
     """Whether a forward does."""
-    compensates_or_mixes = kind.pv != "16" or variant.get("compensate", False)
-    return (target, kind.head_dim, kind.qk) == ("sm90", 256, "16") and compensates_or_mixes
+    compensated = variant.get("compensate", False)
+    found = {"sm90": compensated or kind.pv != "16", "sm100": compensated and kind.pv == "int8"}
+    return (kind.head_dim, kind.qk) == (256, "16") and found.get(target, False)
 
 
 def faults(target: str, kind: Kind, report: Compiled, **variant: bool) -> list[str]:
