@@ -220,8 +220,12 @@ _SPILLING = ("attend_rows", "kept_errors")
 
 def _spills_anyway(target: str, kind: Kind, variant: dict[str, bool]) -> bool:
     """Whether a forward does."""
-    compensated = variant.get("compensate", False)
-    found = {"sm90": compensated or kind.pv != "16", "sm100": compensated and kind.pv == "int8"}
+    compensated, dense = variant.get("compensate", False), not variant.get("sparse", True)
+    found = {
+        "sm90": compensated or kind.pv != "16",
+        "sm100": (compensated or dense) and kind.pv == "int8",
+        "gfx942": dense and kind.pv == "16",
+    }
     return (kind.head_dim, kind.qk) == (256, "16") and found.get(target, False)
 
 
