@@ -23,7 +23,7 @@ namespace {
 constexpr int kStripRows = 4, kBandRows = 16;
 
 // Mean tokens get no smaller factor: logarithms of shares, divided by it, would overflow the scores. A block of q that
-// needs it is rounded to larger steps, with errors of logits below 2^-11.
+// needs it is rounded to larger steps, with errors of logits below 2^-10.
 constexpr float kSmallestMeanFactor = 0x1p-24f;
 
 // A block's columns, as one block of queries sees them.

@@ -18,7 +18,7 @@
 namespace paroattn {
 
 constexpr int kBlock = 64;        // tokens per block
-constexpr int kMaxHeadDim = 128;  // packed blocks are 64 or 128 channels wide; the rest is zero
+constexpr int kMaxHeadDim = 256;  // packed blocks are 64, 128 or 256 channels wide; the rest is zero
 
 enum class DataType { kFloat32, kFloat16, kBfloat16 };
 enum class Format { kExact, kBf16, kInt8, kInt4 };

@@ -151,7 +151,7 @@ PAROATTN_INLINE void add_product(const uint32_t* p, const Band& band, int strip,
   constexpr int kWords = kBlock / Element::kDepth;
   const uint32_t* value = reinterpret_cast<const uint32_t*>(band.value);
   for (int first = 0; first < D; first += 64) {
-    // Makes the compiler read P anew: kept for the second half of the channels, it would fill all registers and more.
+    // Makes the compiler read P anew: kept for the next 64 channels, it would fill all registers and more.
     __asm__ volatile("" ::: "memory");
     typename Element::Sums sums[kStripRows][4];
 #pragma GCC unroll 4
@@ -326,6 +326,11 @@ Kernel kernel_for_formats(Format qk, Format pv) {
   if (is_integer(qk)) return kernel_for_pv<Int8, D>(pv);
   if (qk == Format::kBf16) return kernel_for_pv<Bfloat16, D>(pv);
   return kernel_for_pv<Float32, D>(pv);
+}
+
+inline Kernel narrowest_kernel(Format qk, Format pv, int head_dim) {
+  if (head_dim <= 64) return kernel_for_formats<64>(qk, pv);
+  return head_dim <= 128 ? kernel_for_formats<128>(qk, pv) : kernel_for_formats<256>(qk, pv);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 namespace paroattn {
 
 Kernel avx512_bf16_kernel(Format qk, Format pv, int head_dim) {
-  return head_dim <= 64 ? kernel_for_formats<64>(qk, pv) : kernel_for_formats<128>(qk, pv);
+  return narrowest_kernel(qk, pv, head_dim);
 }
 
 }  // namespace paroattn

@@ -148,5 +148,11 @@ Kernel kernel_for_formats(Format qk, Format pv) {
   return kernel_for_pv<LANES, FloatElement, D>(pv);
 }
 
+template <int LANES>
+Kernel narrowest_kernel(Format qk, Format pv, int head_dim) {
+  if (head_dim <= 64) return kernel_for_formats<LANES, 64>(qk, pv);
+  return head_dim <= 128 ? kernel_for_formats<LANES, 128>(qk, pv) : kernel_for_formats<LANES, 256>(qk, pv);
+}
+
 }  // namespace
 }  // namespace paroattn

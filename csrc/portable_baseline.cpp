@@ -4,7 +4,7 @@
 namespace paroattn {
 
 Kernel baseline_kernel(Format qk, Format pv, int head_dim) {
-  return head_dim <= 64 ? kernel_for_formats<4, 64>(qk, pv) : kernel_for_formats<4, 128>(qk, pv);
+  return narrowest_kernel<4>(qk, pv, head_dim);
 }
 
 }  // namespace paroattn

@@ -57,18 +57,18 @@ class Variant:
 
 def variants(quick: bool = False) -> Iterator[Variant]:
     """All formats, shapes of blocks and kinds of masks at a short length; the main ones at the lengths of models."""
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 256):
         for block_q in (64, 128):
             for precision in PRECISIONS:
                 for mask in ("dense", "sparse", "compensated", "hidden keys"):
                     variant = Variant(precision, head_dim, block_q, torch.bfloat16, mask=mask)
                     yield variant
-                    if precision in ("int8", "int8/fp8"):
+                    if precision in ("int8", "int8/fp8") and head_dim <= 128:
                         yield replace(variant, kernel="triton")
     for precision in PRECISIONS:
         for inputs in KINDS[1:]:
             yield Variant(precision, 64, 128, torch.bfloat16, inputs, "compensated")
-        for head_dim in (40, 96):
+        for head_dim in (40, 96, 192):
             yield Variant(precision, head_dim, 64, torch.float16)
     if quick:
         return
@@ -157,7 +157,7 @@ def checks() -> list[Check]:
     found = [Check(f"rotary {pairs}", partial(_rotary_error, pairs), 2**-6) for pairs in ("interleaved", "halves")]
     found += [Check(f"mixed formats, {name}", partial(_mixed_error, head), 0.0) for head, name in enumerate(_MIXED)]
     found.append(Check("torch.compile", _compiled_error, 2**-8))
-    for head_dim, block_q in ((64, 64), (64, 128), (128, 64)):
+    for head_dim, block_q in ((64, 64), (64, 128), (128, 64), (256, 64)):
         found.append(Check(f"block sums, D {head_dim}", partial(_block_sums_error, head_dim), 1e-4))
         for part in ("costs", "errors"):
             name = f"skip {part}, D {head_dim}, {block_q} x 64"

@@ -32,10 +32,18 @@ sizes = st.sampled_from([1, 2, 3, 5, 7, 11])
 
 
 @settings(max_examples=20)
-@given(sizes, sizes, sizes, st.sampled_from([0, 1, 9]), st.sampled_from(["prefix", "suffix"]), st.integers(1, 2))
-def test_permute_attend_inverse_permute_equals_plain_attention(frames, height, width, text, position, batch):
+@given(
+    sizes,
+    sizes,
+    sizes,
+    st.sampled_from([0, 1, 9]),
+    st.sampled_from(["prefix", "suffix"]),
+    st.integers(1, 2),
+    st.sampled_from([16, 100, 192]),
+)
+def test_permute_attend_inverse_permute_equals_plain_attention(frames, height, width, text, position, batch, head_dim):
     grid = TokenGrid(frames, height, width, text, position)
-    query, key, value = inputs(grid.tokens, batch=batch)
+    query, key, value = inputs(grid.tokens, batch=batch, head_dim=head_dim)
     expected, expected_lse = oracles.dense_attention(query, key, value)
     for name in AXIS_ORDERS:
         output, lse = paroattn.attention(query, key, value, permutation=token_order(name, grid), return_lse=True)
@@ -44,9 +52,9 @@ def test_permute_attend_inverse_permute_equals_plain_attention(frames, height, w
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("block_q", [64, 128])
-def test_heads_have_their_own_orders_and_masks(tokens, block_q):
-    query, key, value = inputs(tokens, heads=4, batch=2)
+@pytest.mark.parametrize(("block_q", "head_dim"), [(64, 16), (128, 16), (64, 129), (128, 256)])
+def test_heads_have_their_own_orders_and_masks(tokens, block_q, head_dim):
+    query, key, value = inputs(tokens, heads=4, batch=2, head_dim=head_dim)
     value = (
         value + torch.arange(tokens).view(1, 1, -1, 1) + 1000 * torch.arange(4).view(1, -1, 1, 1)
     )  # says who was seen
@@ -77,10 +85,11 @@ def test_skipped_blocks_are_never_read(precision):
     assert torch.equal(paroattn.attention(query, key, value, block_mask=mask, precision=precision), expected)
 
 
-def test_grouped_queries_share_keys():
-    query, key, value = inputs(130, heads=6, key_heads=2)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(130, 16), (20, 16), (130, 256)])
+def test_grouped_queries_share_keys(tokens, head_dim):
+    query, key, value = inputs(tokens, heads=6, key_heads=2, head_dim=head_dim)
     expected, _ = oracles.dense_attention(query, key, value)
-    output = paroattn.attention(query, key, value, permutation=permutations(6, 130))
+    output = paroattn.attention(query, key, value, permutation=permutations(6, tokens))
     assert as_good_as_torch(output, query, key, value, expected)
 
 
@@ -114,9 +123,9 @@ def test_a_row_whose_keys_are_all_masked_is_zero():
     assert output[:, :, 64:].isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [65, 200, 333])
-def test_compensation_adds_the_mean_of_every_skipped_block(tokens):
-    query, key, value = inputs(tokens, heads=2, batch=2)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(65, 16), (200, 16), (333, 16), (333, 192)])
+def test_compensation_adds_the_mean_of_every_skipped_block(tokens, head_dim):
+    query, key, value = inputs(tokens, heads=2, batch=2, head_dim=head_dim)
     mask, order = masks(2, tokens, seed=4), permutations(2, tokens)
     output, lse = paroattn.attention(
         query, key, value, permutation=order, block_mask=mask, compensate=[True, False], return_lse=True
@@ -187,8 +196,9 @@ def test_with_compensation_every_key_counts_once(precision, scale):
     assert (lse - torch.tensor(300.0).log()).abs().max() < (0.003 if "int" in precision else 1e-4)
 
 
-def test_integer_precisions_err_as_their_steps_say():
-    query, key, value = inputs(333, heads=2, head_dim=64)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_integer_precisions_err_as_their_steps_say(head_dim):
+    query, key, value = inputs(333, heads=2, head_dim=head_dim)
     expected, expected_lse = oracles.dense_attention(query, key, value)
     errors = {}
     for precision in ("bf16", "int8", "int4"):
@@ -284,7 +294,7 @@ def test_inference_only():
         ({"value": torch.zeros(1, 2, 70, 16).half()}, "value is torch.float16 and query is torch.float32"),
         ({"key": torch.zeros(1, 2, 69, 16)}, r"key is \[1, 2, 69, 16\]"),
         ({"query": torch.zeros(1, 3, 70, 16)}, "key has 2 heads and query 3"),
-        ({"query": torch.zeros(1, 2, 70, 129)}, "head_dim 1 to 128"),
+        ({"query": torch.zeros(1, 2, 70, 257)}, "head_dim 1 to 256"),
         ({"permutation": torch.zeros(70, dtype=torch.long)}, "permutation must hold each number"),
         ({"block_mask": torch.ones(3, 2, 2, dtype=torch.bool)}, "block_mask is for 3 heads"),
         ({"block_mask": torch.ones(2, 1, 1, dtype=torch.bool)}, "block_mask is torch.bool"),

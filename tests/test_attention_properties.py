@@ -17,15 +17,18 @@ pytestmark = pytest.mark.usefixtures("every_backend")
     tokens=st.sampled_from((1, 63, 64, 65, 130, 200)),
     batch=st.integers(1, 2),
     heads=st.sampled_from(((2, 2), (4, 2), (3, 1))),
+    head_dim=st.sampled_from((16, 100, 192)),
     block_q=st.sampled_from((64, 128)),
     padding=st.integers(0, 30),
     compensate=st.lists(st.booleans(), min_size=4, max_size=4),
     scale=st.sampled_from((None, 1.0, -0.3)),
     seed=st.integers(0, 99),
 )
-def test_any_combination_is_as_good_as_plain_float32(tokens, batch, heads, block_q, padding, compensate, scale, seed):
+def test_any_combination_is_as_good_as_plain_float32(
+    tokens, batch, heads, head_dim, block_q, padding, compensate, scale, seed
+):
     heads, key_heads = heads
-    query, key, value = inputs(tokens, heads, batch=batch, key_heads=key_heads, seed=seed)
+    query, key, value = inputs(tokens, heads, head_dim, batch, key_heads, seed)
     mask, order = masks(heads, tokens, seed, block_q), permutations(heads, tokens, seed)
     key_mask = torch.ones(batch, tokens, dtype=torch.bool)
     key_mask[-1, tokens - min(padding, tokens - 1) :] = (
@@ -56,9 +59,9 @@ def test_any_combination_is_as_good_as_plain_float32(tokens, batch, heads, block
         assert (lse - exact_lse)[seen].abs().max() <= 2 * (plain_lse - exact_lse)[seen].abs().max() + floor
 
 
-@given(st.sampled_from((65, 130, 333)), st.booleans(), st.integers(0, 99))
-def test_int8_with_masks_orders_and_compensation_stays_within_its_error(tokens, compensate, seed):
-    query, key, value = inputs(tokens, head_dim=64, batch=2, seed=seed)
+@given(st.sampled_from((65, 130, 333)), st.sampled_from((64, 256)), st.booleans(), st.integers(0, 99))
+def test_int8_with_masks_orders_and_compensation_stays_within_its_error(tokens, head_dim, compensate, seed):
+    query, key, value = inputs(tokens, head_dim=head_dim, batch=2, seed=seed)
     key = key + 3  # the mean of k is taken out, and put back into lse
     mask, order = masks(2, tokens, seed), permutations(2, tokens, seed)
     expected, expected_lse = oracles.sparse_attention(query, key, value, mask, order, compensate=[compensate] * 2)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -60,7 +61,7 @@ def kind_of_inputs(kind, tokens, head_dim):
 @pytest.mark.parametrize("compensate", [[False] * 3, [True, False, True]])
 def test_errors_are_at_most_twice_the_references(capability, kind, precision, compensate):
     tokens = 330
-    for head_dim in (40, 128):
+    for head_dim in (40, 128, 256):
         mask, order = masks(3, tokens, seed=head_dim), permutations(3, tokens)
         tensors, key_mask = kind_of_inputs(kind, tokens, head_dim), torch.rand(2, tokens) < 0.9
         call = call_of(tensors, precision, mask, order, compensate, key_mask)
@@ -70,7 +71,11 @@ def test_errors_are_at_most_twice_the_references(capability, kind, precision, co
             name: ((output - exact).norm() / (1e-30 + exact.norm()), (lse - exact_lse).norm())
             for name, (output, lse) in found.items()
         }
-        assert errors["cpu"][0] <= 2 * errors["reference"][0] + 1e-6
+        floor = 1e-6
+        if kind == "large logits":  # where keys nearly tie, a logit's own rounding to float32 decides between them
+            spread = exact_attention(replace(call, value=call.value**2))[0] - exact.square()
+            floor += (3e-7 * exact_lse.unsqueeze(-1) * spread.clamp(min=0).sqrt()).norm() / exact.norm()
+        assert errors["cpu"][0] <= 2 * errors["reference"][0] + floor
         # A logit's own rounding to float32 and, with integer P, of its power of two to steps of 1/64.
         floor = 3e-7 * exact_lse.norm() + (0.003 * exact_lse.numel() ** 0.5 if "int" in precision else 0)
         assert errors["cpu"][1] <= 2 * errors["reference"][1] + floor
@@ -78,15 +83,16 @@ def test_errors_are_at_most_twice_the_references(capability, kind, precision, co
 
 @pytest.mark.parametrize("number_format", ["int8", "int4"])
 @pytest.mark.parametrize("capability", [name for name in CPU_CAPABILITIES if "avx512" not in name], indirect=True)
-def test_integers_are_the_references(capability, number_format):
+@pytest.mark.parametrize("head_dim", [32, 200])
+def test_integers_are_the_references(capability, number_format, head_dim):
     """These kernels compute the exponent in float32, so only roundings at the middle of a step may fall otherwise."""
-    call = call_of(inputs(200, head_dim=32), number_format, masks(2, 200), compensate=[True, False], scale=0.2)
+    call = call_of(inputs(200, head_dim=head_dim), number_format, masks(2, 200), compensate=[True, False], scale=0.2)
     expected, _ = reference.attend(call, cpu.P_QUANTIZATION)
     output, _ = over_nan(cpu.run_kernel, call)
     assert oracles.relative_error(output, expected) < 1e-4
 
 
-@pytest.mark.parametrize("head_dim", [1, 3, 16, 63, 64, 65, 80, 127, 128])
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 63, 64, 65, 80, 127, 128, 129, 192, 256])
 @pytest.mark.parametrize("tokens", [1, 17, 64, 129])
 def test_any_size_fits(capability, tokens, head_dim):
     tensors = inputs(tokens, heads=4, key_heads=2, head_dim=head_dim)

@@ -57,6 +57,8 @@ def test_it_takes_8_bits_and_an_output_in_whole_16_bytes():
     assert not hopper.takes("bf16", "int8", output)
     assert not hopper.takes("int8", "int8", output.float())
     assert not hopper.takes("int8", "int8", output[..., :60])
+    assert hopper.takes("int8", "int8", torch.empty(1, 2, 70, 128, dtype=torch.bfloat16))
+    assert not hopper.takes("int8", "int8", torch.empty(1, 2, 70, 136, dtype=torch.bfloat16))
     assert not hopper.takes("int8", "int8", torch.empty(1, 2, 70, 68, dtype=torch.bfloat16)[..., :64])
 
 

@@ -3,8 +3,13 @@
 import pytest
 import tiny
 import torch
+from attention_inputs import inputs
 
 import paroattn
+from paroattn import TokenGrid
+from paroattn.integrations.observe import ObservedCall
+from paroattn.integrations.rebind import AttentionCall
+from paroattn.integrations.schedule import Schedule
 
 
 def test_every_call_is_seen_and_nothing_changes():
@@ -28,6 +33,20 @@ def test_what_the_function_returns_takes_the_place_of_the_output():
         assert not torch.equal(tiny.latents(pipe), full)
     with paroattn.observe(pipe, lambda call: call.dense()):
         assert torch.equal(tiny.latents(pipe), full)
+
+
+def test_keys_and_values_that_heads_share_are_repeated():
+    query, key, value = (x.transpose(1, 2) for x in inputs(20, heads=4, key_heads=2))
+    call = AttentionCall(query, key, value, None, None, lambda: query, None)
+    schedule = Schedule()
+    schedule.levels = (1.0,)
+    seen = ObservedCall.of(call, 0, schedule, TokenGrid(1, 4, 5))
+    (sample,) = seen.samples()
+    for head in range(4):
+        q, k, v = sample.head(head)
+        assert torch.equal(q, query[0, :, head])
+        assert torch.equal(k, key[0, :, head // 2])
+        assert torch.equal(v, value[0, :, head // 2])
 
 
 def test_a_pipeline_that_is_taken_over_is_refused():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import oracles
 import pytest
 import torch
 from attention_inputs import inputs, masks, permutations
@@ -45,6 +46,25 @@ def test_the_bucket_selects_masks_and_compensation(bucket, layout):
     if layout == "NHD":
         query, key, value, expected = (x.transpose(1, 2) for x in (query, key, value, expected))
     assert torch.equal(op(query, key, value, bucket=torch.tensor(bucket), key_mask=key_mask), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if CPU_CAPABILITIES else [])])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 16), (40, 16), (200, 16), (40, 256), (200, 256)])
+def test_a_plan_serves_grouped_heads_and_sequences_under_one_block(tokens, head_dim, backend):
+    mask, order = masks(4, tokens), permutations(4, tokens)
+    layer = LayerPlan(
+        precisions=(Precision(),) * 4,
+        orders=order,
+        mask_table=pack_bits(mask),
+        mask_index=torch.arange(4, dtype=torch.int32).view(1, 4),
+        compensate=torch.tensor([[True, False, True, False]]),
+        tokens=tokens,
+    )
+    query, key, value = inputs(tokens, heads=4, key_heads=2, head_dim=head_dim, batch=2)
+    op = paroattn.prepare(layer, device="cpu", dtype=torch.float32, backend=backend)
+    output = op(query, key, value, bucket=torch.tensor(0))
+    expected, _ = oracles.sparse_attention(query, key, value, mask, order, compensate=[True, False, True, False])
+    assert oracles.relative_error(output, expected) < 1e-6
 
 
 def test_a_layer_without_masks_is_dense_at_any_length():

@@ -112,15 +112,24 @@ def test_more_than_64_blocks_have_more_than_one_block_of_means():
 @pytest.mark.parametrize("precision", ["exact", "int8", "int8/fp8"])
 @pytest.mark.parametrize("tokens", [100, 180, 300])
 @pytest.mark.parametrize("compensated", [False, True])
-def test_with_head_dim_128_two_programs_share_a_row_of_128_queries(tokens, precision, compensated):
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_with_wide_heads_two_programs_share_a_row_of_128_queries(head_dim, tokens, precision, compensated):
     """Of the last row the second program has 36 queries of 100 tokens, none of 180 and 300."""
-    tensors = half(inputs(tokens, heads=2, head_dim=128))
+    tensors = half(inputs(tokens, heads=2, head_dim=head_dim))
     assert_as_good_as_the_reference(masked_call(tensors, precision, 128, [True, False] if compensated else None))
 
 
-@pytest.mark.parametrize("head_dim", [1, 40, 65, 128])
-def test_head_dims_between_are_padded_and_queries_may_share_keys(head_dim):
-    tensors = half(inputs(130, heads=4, key_heads=2, head_dim=head_dim))
+@pytest.mark.parametrize("precision", ["int8", "int8/exact", "exact/int8", "exact/fp8"])
+@pytest.mark.parametrize("head_dim", [129, 256])
+def test_wide_heads_in_mixed_formats_with_hidden_keys(head_dim, precision):
+    tensors = half(inputs(130, heads=2, head_dim=head_dim))
+    assert_as_good_as_the_reference(masked_call(tensors, precision, key_mask=torch.arange(130).unsqueeze(0) < 120))
+
+
+@pytest.mark.parametrize("tokens", [20, 130])
+@pytest.mark.parametrize("head_dim", [1, 40, 65, 128, 129, 200])
+def test_head_dims_between_are_padded_and_queries_may_share_keys(head_dim, tokens):
+    tensors = half(inputs(tokens, heads=4, key_heads=2, head_dim=head_dim))
     assert_as_good_as_the_reference(masked_call(tensors, "int8", scale=-0.1))
 
 
@@ -143,7 +152,8 @@ def test_a_row_whose_kept_keys_are_all_hidden_gives_zeros():
 
 
 @pytest.mark.parametrize(
-    ("precision", "head_dim", "block_q"), [("exact", 64, 64), ("int8", 64, 64), ("int8", 64, 128), ("int8", 128, 128)]
+    ("precision", "head_dim", "block_q"),
+    [("exact", 64, 64), ("int8", 64, 64), ("int8", 64, 128), ("int8", 128, 128), ("int8", 200, 64)],
 )
 def test_exactly_the_kept_blocks_are_visited(precision, head_dim, block_q):
     """Position-coded values and a mask per head: reading a neighbour's mask, or running dense, would show."""
@@ -153,7 +163,7 @@ def test_exactly_the_kept_blocks_are_visited(precision, head_dim, block_q):
     call = masked_call((query, key, value.contiguous()), precision, block_q, seed=7)
     assert_as_good_as_the_reference(call)
     visited = launch.run(torch.empty_like(query), torch.empty(2, 3, tokens), Call(call), count_visits=True)
-    programs = 2 if head_dim == 128 else 1  # per row of the mask
+    programs = 2 if (head_dim, block_q) == (128, 128) else 1  # per row of the mask
     expected = call.block_mask.to_dense().sum(-1).int().repeat_interleave(programs, -1).expand(2, -1, -1)
     assert torch.equal(visited[0], expected)
 
@@ -255,9 +265,9 @@ def test_an_empty_batch_gives_an_empty_output():
     assert paroattn.attention(*tensors, backend="triton").shape == tensors[0].shape
 
 
-@pytest.mark.parametrize("tokens", [1, 65, 150])
-def test_block_sums_equal_the_statistics(tokens):
-    q, k = 2 * torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 24), (65, 24), (150, 24), (65, 200)])
+def test_block_sums_equal_the_statistics(tokens, head_dim):
+    q, k = 2 * torch.randn(2, tokens, head_dim, generator=torch.Generator().manual_seed(0))
     orders = [torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     sums = calibration.block_sums(q, k, orders, scale=0.25)
     torch.testing.assert_close(sums, statistics.block_sums(q, k, orders, scale=0.25), rtol=1e-4, atol=1e-5)
@@ -277,6 +287,8 @@ def test_block_sums_equal_the_statistics(tokens):
         (333, 16, 64, 16, None, torch.float32),
         (300, 16, 128, 32, None, torch.float32),
         (333, 16, 64, 8, [0, 2, 3, 5], torch.float32),
+        (200, 200, 64, 64, None, torch.float32),
+        (130, 256, 64, 64, None, torch.float16),
     ],
 )
 def test_costs_and_errors_of_skipping_are_the_references(
@@ -293,8 +305,9 @@ def test_costs_and_errors_of_skipping_are_the_references(
         settings |= {"rows": torch.arange(rows_per_block) * (block_q // rows_per_block) + 1, "levels": ()}
     # Two heads at once, then one.
     monkeypatch.setattr(calibration, "_MOST_ENTRIES", 2 * max(columns * rows * rows_per_block, tokens * head_dim))
-    found = calibration.skip_costs(q, k, v, orders, 0.3, required, **settings)
-    expected = skip_costs_of_heads(q, k, v, orders, 0.3, required, **settings)
+    scale = min(0.3, 2.4 * head_dim**-0.5)  # wide heads' P would leave the range of float16
+    found = calibration.skip_costs(q, k, v, orders, scale, required, **settings)
+    expected = skip_costs_of_heads(q, k, v, orders, scale, required, **settings)
     for own, of_reference in zip(found, expected, strict=True):
         torch.testing.assert_close(own.block_sums, of_reference.block_sums, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(own.costs, of_reference.costs, rtol=1e-3, atol=1e-6)

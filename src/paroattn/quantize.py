@@ -13,6 +13,7 @@ from paroattn.errors import InputError
 NumberFormat = Literal["exact", "bf16", "int8", "int4", "fp8"]
 FORMATS = ("exact", "bf16", "int8", "int4", "fp8")
 GROUP = 64  # tokens of q and of k that share one scale, whatever the block size of the mask
+HEAD_WIDTHS = (64, 128, 256)  # channels that kernels pad heads to, and sizes of the Hadamard matrix
 _INTEGERS = ("int8", "int4")
 _LARGEST = {"int8": 127, "int4": 7, "fp8": 448}  # numbers of formats that need a scale; fp8 is e4m3
 _FP8_P_STEPS = 256  # P in [0, 1] in fp8 is held as a multiple of 1 / 256
@@ -88,13 +89,18 @@ def is_scaled(number_format: str) -> bool:
     return number_format in _LARGEST
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest of `HEAD_WIDTHS` that holds a head of at most the largest of them."""
+    return next(width for width in HEAD_WIDTHS if head_dim <= width)
+
+
 def rotate_channels(x: Tensor) -> Tensor:
-    """Channels of x [..., D] padded with zeros to 64 or 128 channels turned by the Hadamard matrix of that size.
+    """Channels of x [..., D] padded with zeros to `padded_head_dim`, turned by the Hadamard matrix of that size.
 
     Turning q and k alike leaves their products as they are and spreads channels with large values over all of them, so
     that 4 bits suffice better.
     """
-    width = 64 if x.shape[-1] <= 64 else 128
+    width = padded_head_dim(x.shape[-1])
     matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
     while len(matrix) < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))

@@ -48,7 +48,7 @@ def _densities(default: tuple[float, ...], help: str) -> Any:
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Sequence length.")
 @click.option("--heads", type=click.IntRange(min=1), default=2, show_default=True, help="Attention heads.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--head-dim", type=click.IntRange(1, 128), default=64, show_default=True, help="Channels per head.")
+@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True, help="Channels per head.")
 @_densities((1.0, 0.5, 0.3, 0.2), "Share of blocks; repeatable.")
 @click.option(
     "--precision",

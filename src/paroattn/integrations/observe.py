@@ -48,7 +48,7 @@ class ObservedCall:
         step, num_steps: denoising step, from 0, and steps of the generation; calls at one noise level are one step.
         level: the noise level, from 1 (pure noise) down to 0.
         grid: the box of visual tokens, with as many text tokens as this call has.
-        query, key, value: [B, N, H, D] in the model's order.
+        query, key, value: [B, N, H, D] in the model's order; shared keys and values are repeated.
         key_mask: bool [B, N], False for padding of text, or None.
         scale: factor of the logits.
         dense: computes the call with the model's own attention, [B, N, H, D].
@@ -69,6 +69,10 @@ class ObservedCall:
     @classmethod
     def of(cls, call: AttentionCall, layer: int, schedule: Schedule, grid: TokenGrid) -> ObservedCall:
         """An intercepted call of a layer, where a generation is and with the visual tokens of a grid."""
+        group = call.query.shape[2] // call.key.shape[2]
+        key, value = call.key.detach(), call.value.detach()
+        if group > 1:  # statistics are of query heads, each with its own orders
+            key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
         return cls(
             layer,
             schedule.step,
@@ -76,8 +80,8 @@ class ObservedCall:
             schedule.level,
             replace(grid, text_tokens=call.query.shape[1] - grid.visual_tokens),
             call.query.detach(),
-            call.key.detach(),
-            call.value.detach(),
+            key,
+            value,
             call.key_mask,
             call.query.shape[-1] ** -0.5,
             call.dense,

@@ -77,7 +77,7 @@ def attention(
     """Attention with reordered tokens, skipped blocks and low precision (paper, sections 4.1 to 4.3).
 
     Args:
-        query: [B, H, N, D] ("HND") or [B, N, H, D] ("NHD"); float32, float16 or bfloat16; D from 1 to 128.
+        query: [B, H, N, D] ("HND") or [B, N, H, D] ("NHD"); float32, float16 or bfloat16; D from 1 to 256.
         key, value: like query, with H or H_kv heads where H is a multiple of H_kv (grouped queries).
         permutation: int32 or int64 [N] or [H, N], a gather index: position i of the reordered sequence holds token
             `permutation[i]`. Applied to query, key and value; the output is in the input's order. Default: none.

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, BlockMask
 from paroattn.errors import InputError
-from paroattn.quantize import Precision
+from paroattn.quantize import HEAD_WIDTHS, Precision
 
 TensorLayout = Literal["HND", "NHD"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = HEAD_WIDTHS[-1]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | 
     batch, heads, tokens, head_dim = query.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM or tokens < 1:
         raise InputError(
-            f"query has {tokens} tokens of head_dim {head_dim}; expected at least 1 token and head_dim 1 to 128"
+            f"query has {tokens} tokens of head_dim {head_dim}; "
+            f"expected at least 1 token and head_dim 1 to {MAX_HEAD_DIM}"
         )
     key_heads = key.shape[1]
     if key.shape != (batch, key_heads, tokens, head_dim) or value.shape != key.shape:

@@ -17,8 +17,9 @@ from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration.costs import LEVELS, SkipCosts, block_means
 from paroattn.calibration.kernels import Kernels
 from paroattn.keep import keep_levels
-from paroattn.ops.gpu.configs import skip_cost_options
+from paroattn.ops.gpu.configs import block_warps, skip_cost_options
 from paroattn.ops.gpu.device import check_device, on_device_of, target_here
+from paroattn.quantize import padded_head_dim
 
 _MOST_ENTRIES = 2**27  # of a tensor [heads, ...]: so many heads are looked at at once
 
@@ -52,7 +53,8 @@ def triton_block_sums(q: Tensor, k: Tensor, orders: Tensor, scale: float) -> Ten
     blocks = block_count(tokens, BLOCK)
     lse = q.new_empty(tokens, dtype=torch.float32)
     sums = q.new_empty((len(orders), blocks, blocks), dtype=torch.float32)
-    size: dict[str, Any] = {"HEAD_DIM": head_dim, "D": 64 if head_dim <= 64 else 128}
+    width = padded_head_dim(head_dim)
+    size: dict[str, Any] = {"HEAD_DIM": head_dim, "D": width, "num_warps": block_warps(width)}
     with on_device_of(q):
         kernels.row_lse[(blocks,)](q, k, lse, scale, tokens, **size)
         reordered = (x.index_select(0, orders.flatten()) for x in (q, k, lse))
@@ -119,7 +121,7 @@ def _skip_costs(
     from paroattn.calibration.gpu import kernels
 
     device, heads, (tokens, head_dim) = q.device, len(orders), q.shape[1:]
-    width = 64 if head_dim <= 64 else 128
+    width = padded_head_dim(head_dim)
     columns = block_count(tokens, BLOCK)
     stands_for = block_q / len(looked_at)
     index = (q_blocks.unsqueeze(-1) * block_q + looked_at).flatten()

@@ -163,21 +163,35 @@ def block_costs(
     high = low + D // 2
     q = _tile(q_ptr, tl.program_id(0), D)
     lse = tl.load(lse_ptr + row)
-    output_low = tl.load(output_ptr + row[:, None] * D + low[None, :])
-    output_high = tl.load(output_ptr + row[:, None] * D + high[None, :])
+    if D <= 128:
+        output_low = tl.load(output_ptr + row[:, None] * D + low[None, :])
+        output_high = tl.load(output_ptr + row[:, None] * D + high[None, :])
     for block in range(0, blocks):
         p = _rounded(tl.math.exp2(_logits(q, k_ptr, block, tokens, scale, D) - lse[:, None]), v_ptr, ROUNDED)
         share = tl.sum(p, 1)
         first = tl.cast(block, tl.int64) * padded
         surrogate = tl.load(surrogate_ptr + first + row)
-        dropped, approximated = _costs(p, share, surrogate, output_low, v_ptr, mean_v_ptr, block, low, D, ROUNDED)
-        more_dropped, more_approximated = _costs(
-            p, share, surrogate, output_high, v_ptr, mean_v_ptr, block, high, D, ROUNDED
-        )
+        if D <= 128:
+            dropped, approximated = _costs(p, share, surrogate, output_low, v_ptr, mean_v_ptr, block, low, D, ROUNDED)
+            more_dropped, more_approximated = _costs(
+                p, share, surrogate, output_high, v_ptr, mean_v_ptr, block, high, D, ROUNDED
+            )
+            dropped += more_dropped
+            approximated += more_approximated
+        else:  # no registers are left for the output, or for several parts at once, as unrolled loops have them
+            dropped, approximated = tl.zeros([BLOCK_KV], tl.float32), tl.zeros([BLOCK_KV], tl.float32)
+            for start in tl.range(0, D, 64, num_stages=1):
+                channel = start + tl.arange(0, 64)
+                output = tl.load(output_ptr + row[:, None] * D + channel[None, :])
+                more_dropped, more_approximated = _costs(
+                    p, share, surrogate, output, v_ptr, mean_v_ptr, block, channel, D, ROUNDED
+                )
+                dropped += more_dropped
+                approximated += more_approximated
         part_ptr = parts_ptr + first * 3 + row
         tl.store(part_ptr, share)
-        tl.store(part_ptr + padded, dropped + more_dropped)
-        tl.store(part_ptr + 2 * padded, approximated + more_approximated)
+        tl.store(part_ptr + padded, dropped)
+        tl.store(part_ptr + 2 * padded, approximated)
 
 
 @triton.jit
@@ -202,7 +216,8 @@ def kept_errors(
     q = _tile(q_ptr, tl.program_id(0), D)
     lse = tl.load(lse_ptr + row)
     at = row[:, None] * D + channel[None, :]
-    output = tl.load(output_ptr + at)
+    if D <= 128:
+        output = tl.load(output_ptr + at)
     approximated = (way == 1).to(tl.float32)
     acc = tl.load(start_ptr + head * tiles * BLOCK_KV * D + at) * approximated
     total = tl.load(taken_ptr + head * tiles * BLOCK_KV + row) * approximated
@@ -220,5 +235,7 @@ def kept_errors(
         acc += part - surrogate[:, None] * mean_v[None, :]
         total += tl.sum(p, 1) - surrogate
         if tl.load(wanted_ptr + list_row + number) != 0:
+            if D > 128:  # no registers are left to hold it
+                output = tl.load(output_ptr + at)
             moved = tl.where((row < rows)[:, None], acc / tl.maximum(total, 1.0e-6)[:, None] - output, 0.0)
             tl.store(errors_ptr + (way_and_head * tiles + tile) * blocks + number, tl.sum(moved * moved))

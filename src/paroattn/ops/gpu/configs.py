@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from paroattn.ops.gpu.device import FP8_TARGETS
+from paroattn.quantize import HEAD_WIDTHS
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Kind:
     """What distinguishes compiled forwards of a target.
 
     Attributes:
-        head_dim: 64 or 128, to which heads are padded.
+        head_dim: 64, 128 or 256, to which heads are padded.
         block_q: queries per program, 64 or, with head_dim 64, 128.
         qk: "int8" or "16" (bit).
         pv: "int8", "fp8" or "16".
@@ -63,7 +64,7 @@ def kinds(target: str) -> list[Kind]:
     values = ("int8", "fp8", "16") if target in FP8_TARGETS else ("int8", "16")
     return [
         Kind(head_dim, block_q, qk, pv)
-        for head_dim in (64, 128)
+        for head_dim in HEAD_WIDTHS
         for block_q in ((64, 128) if head_dim == 64 else (64,))
         for qk in ("int8", "16")
         for pv in values
@@ -86,6 +87,8 @@ def _table(target: str, kind: Kind) -> Config:
     eight_bit = kind.pv != "16"
     swapped = eight_bit and target not in ("sm100", "gfx942")  # whose registers are laid out otherwise
     asm = kind.pv == "int8" and target != "gfx942"
+    if kind.head_dim == 256:
+        return _widest(target, kind, swapped, asm)
     if target == "sm90":
         return _measured(kind, swapped, asm)
     # Four warps of 64 x 128 queries in 16 bits would spill where registers hold the operands.
@@ -93,6 +96,17 @@ def _table(target: str, kind: Kind) -> Config:
     # Left to itself, NVIDIA's assembler stops at 128 or 168 registers for some of these and spills.
     all_registers = 255 if kind.head_dim == 64 and eight_bit and target != "gfx942" else None
     return Config(8 if wide or kind.block_q == 128 else 4, 2, 64, swapped, asm, all_registers)
+
+
+def _widest(target: str, kind: Kind, swapped: bool, asm: bool) -> Config:
+    """For head_dim 256, compiled but not measured: eight warps, since the sums alone are 128 registers in four.
+
+    A second stage of keys and values spills on most targets, and with 16 bits exceeds the shared memory of some.
+    """
+    if target == "gfx942":
+        return Config(4, 1, 64, swapped, asm)  # each thread has 512 registers
+    two = {"sm90": kind.qk == "int8" or kind.pv == "16", "sm100": kind.pv != "int8"}
+    return Config(8, 2 if two.get(target) else 1, 64, swapped, asm)
 
 
 def _measured(kind: Kind, swapped: bool, asm: bool) -> Config:
@@ -108,20 +122,32 @@ def _measured(kind: Kind, swapped: bool, asm: bool) -> Config:
 
 
 def queries_per_program(head_dim: int, mask_block_q: int | None, tokens: int) -> int:
-    """Triton's `Kind.block_q` for a head_dim of 64 or 128 and a mask with so many queries per block, None for no mask.
+    """Triton's `Kind.block_q` for a head_dim of `HEAD_WIDTHS` and a mask's queries per block, None without a mask.
 
-    With head_dim 128, two programs of 64 queries share a row of a mask in blocks of 128: one program would leave room
+    With more than 64, two programs of 64 queries share a row of a mask in blocks of 128: one program would leave room
     for no other on an H100, and spill on other targets.
     """
-    if head_dim == 128 or (mask_block_q is None and tokens <= 64):
+    if head_dim > 64 or (mask_block_q is None and tokens <= 64):
         return 64
     return mask_block_q or 128
 
 
+def block_warps(head_dim: int) -> int:
+    """Of a kernel that holds 64 rows of float32, for a head_dim of `HEAD_WIDTHS`."""
+    return 8 if head_dim == 256 else 4
+
+
 def skip_cost_options(target: str, head_dim: int, *, of_lists: bool = False) -> dict[str, int]:
-    """How calibration's kernels, or the one that walks over lists, are compiled without spills; head_dim 64 or 128."""
+    """How calibration's kernels, or the one that walks over lists, are compiled; head_dim one of `HEAD_WIDTHS`.
+
+    Nothing spills with head_dim 64 and 128. With 256, exact `attend_rows` does on sm90 and gfx942, and `kept_errors`
+    everywhere.
+    """
     if target == "gfx942":
         return {"num_warps": 4, "num_stages": 1}
+    if head_dim == 256:  # two stages of what they read are more shared memory than the others have
+        # Left to itself, NVIDIA's assembler stops at 128 registers on sm100 and spills.
+        return {"num_warps": 8, "num_stages": 2 if target in ("sm80", "sm90", "sm100") else 1, "maxnreg": 255}
     if of_lists:
         return {"num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
     wide = head_dim == 128 and target not in ("sm90", "sm100")

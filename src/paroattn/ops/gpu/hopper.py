@@ -56,7 +56,9 @@ def unavailable() -> str | None:
 
 
 def takes(qk: str, pv: str, output: Tensor) -> bool:
-    """Whether the kernel does these formats and can write this output [B, H, N, D] in whole 16 bytes."""
+    """Whether the kernel does these formats and D, and can write this output [B, H, N, D] in whole 16 bytes."""
+    if output.shape[-1] > max(PROGRAMS):
+        return False
     aligned = output.shape[-1] % 8 == 0 and all(stride % 8 == 0 for stride in output.stride()[:3])
     return qk == "int8" and pv in PV_FORMATS and output.dtype != torch.float32 and aligned
 

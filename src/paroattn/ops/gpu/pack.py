@@ -11,9 +11,10 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.ops.gpu import hopper, prologue
-from paroattn.ops.gpu.configs import Config, Kind, config, queries_per_program
+from paroattn.ops.gpu.configs import Config, Kind, block_warps, config, queries_per_program
 from paroattn.ops.gpu.device import INTERPRETED, target_here
 from paroattn.ops.inputs import AttentionInputs
+from paroattn.quantize import padded_head_dim
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CHUNK = 512  # tokens that one program of the statistics reads,
@@ -35,7 +36,7 @@ class Call:
         angles: cos and sin; rotary: pairs, or None.
         formats: of QK^T and PV of each head, "fp16", "bf16", "int8" and for PV "fp8".
         group: how many heads share keys and values.
-        width: of a head inside the kernels, 64 or 128.
+        width: of a head inside the kernels, `padded_head_dim`.
         mean_blocks: blocks of mean tokens, one of which stands for a block of keys.
         target: of device.py.
     """
@@ -59,7 +60,7 @@ class Call:
         self.formats = [(exact if qk == "exact" else qk, exact if pv == "exact" else pv) for qk, pv in names]
         self.batch, self.heads, self.tokens, self.head_dim = self.query.shape
         self.group = self.heads // self.key.shape[1]
-        self.width = 64 if self.head_dim <= 64 else 128
+        self.width = padded_head_dim(self.head_dim)
         self.kv_blocks = block_count(self.tokens, BLOCK)
         self.mean_blocks = 0 if self.compensate is None else block_count(self.kv_blocks, BLOCK)
         self.target = target_here(self.query.device)
@@ -175,6 +176,7 @@ def partial_statistics(call: Call) -> Tensor:
         CHUNK=_CHUNK,
         K_CHUNK=_k_chunk(chunks),
         TILE=2048 // call.width,
+        num_warps=block_warps(call.width),
     )
     return partial
 
@@ -207,6 +209,7 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         QK=heads.qk,
         ROTARY=call.rotary,
         RECORD=heads.record,
+        num_warps=block_warps(call.width),
     )
     keys, values, k_scale = _room(call, heads, packs * call.kv_blocks)
     bias = None if call.key_mask is None else call.new(packs, call.kv_blocks * BLOCK)
@@ -241,6 +244,7 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         SWAPPED=heads.swapped,
         RECORD=heads.record,
         COLUMNS=heads.columns,
+        num_warps=block_warps(call.width),
     )
     packed_means = _packed_means(call, heads, means, v_scale)
     return Packed(queries, q_factor, lse_shift, keys, values, k_scale, v_mean, v_scale, bias, *packed_means)
@@ -260,7 +264,7 @@ def _channel_statistics(call: Call, partial: Tensor, pv: str) -> tuple[Tensor, .
         D=width,
         PV=pv,
         CHUNKS=triton.next_power_of_2(chunks),
-        num_warps=8,
+        num_warps=2 * block_warps(width),
     )
     return found
 
@@ -312,6 +316,7 @@ def _packed_means(
         SWAPPED=heads.swapped,
         RECORD=heads.record,
         COLUMNS=heads.columns,
+        num_warps=block_warps(call.width),
     )
     return keys, values, k_scale, values_scale, bias
 
