@@ -37,7 +37,7 @@ def test_what_the_function_returns_takes_the_place_of_the_output():
 
 def test_keys_and_values_that_heads_share_are_repeated():
     query, key, value = (x.transpose(1, 2) for x in inputs(20, heads=4, key_heads=2))
-    call = AttentionCall(query, key, value, None, None, lambda: query, None)
+    call = AttentionCall(query, key, value, None, lambda: query, None)
     schedule = Schedule()
     schedule.levels = (1.0,)
     seen = ObservedCall.of(call, 0, schedule, TokenGrid(1, 4, 5))
