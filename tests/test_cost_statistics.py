@@ -136,6 +136,12 @@ def test_a_calibration_that_starts_from_a_plan_takes_its_orders(pipe, kept, monk
         paroattn.calibrate(tiny.tiny_wan(layers=3), [OTHER], start=kept, progress=False)
 
 
+def test_statistics_that_cannot_be_kept_are_refused_before_anything_is_measured(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("paroattn.calibration.calibrate.collect_costs", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match="is a directory; expected a file name"):
+        paroattn.calibrate(pipe, [CALL], keep_statistics=tmp_path, progress=False)
+
+
 def test_plans_of_two_prompts_are_merged_by_one_command(pipe, kept, tmp_path):
     second = tmp_path / "second.safetensors"
     paroattn.calibrate(
@@ -204,7 +210,7 @@ def test_bad_input_is_one_clear_line(kept, tmp_path, monkeypatch, arguments, mes
     assert kept.read_bytes() == before
 
 
-def test_statistics_that_do_not_belong_together_are_refused(pipe, kept, tmp_path):
+def test_statistics_that_do_not_belong_together_are_refused(kept, tmp_path, monkeypatch):
     own = CostStatistics.load(statistics_path(kept))
     for change, message in (
         ({"grid": replace(own.grid, height=2)}, "the grid of the first is 6x10x5"),
@@ -218,6 +224,9 @@ def test_statistics_that_do_not_belong_together_are_refused(pipe, kept, tmp_path
     plan = Plan.load(kept)
     with pytest.raises(PlanError, match="does not say how its blocks were chosen"):
         select_like(replace(plan, provenance={**plan.provenance, "selection": {"luck": 1}}), own)
+    monkeypatch.setattr("paroattn.calibration.cost_statistics._VERSION", 2)
+    with pytest.raises(InputError, match="^statistics .* are of another version of paroattn"):
+        CostStatistics.load(statistics_path(kept))
     for name, content in (("other", json.dumps({}).encode()), ("plan", kept.read_bytes())):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="holds no readable statistics"):

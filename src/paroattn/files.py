@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -42,6 +43,24 @@ def save_tensors(
         write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=own))
     except SafetensorError as error:
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def load_tensors(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], Any]:
+    """The tensors of a safetensors file, and the JSON value that its metadata have under a key.
+
+    Tensors stay in the file until they are looked at.
+
+    Raises:
+        ValueError: a file that cannot be read, or has no such value.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            value = json.loads((file.metadata() or {})[key])
+            return {name: file.get_tensor(name) for name in file.keys()}, value
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(str(error)) from error
 
 
 def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:

@@ -32,6 +32,7 @@ from paroattn.calibration.run import (
 )
 from paroattn.calibration.sensitivity import measure_effects
 from paroattn.errors import InputError
+from paroattn.files import check_output
 from paroattn.integrations.observe import ObservedCall
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.keep import check_density, least_density
@@ -105,7 +106,7 @@ def calibrate(
             interruption continues from them. Its files are deleted in the end. None keeps nothing.
         start: a plan of the same model, of any size, or its file: token orders are taken from it instead of being
             compared. From its statistics, if they were kept beside the file, or from `CostStatistics`, also what errors
-            do to the final result: only costs of blocks are measured then (docs/fidelity.md says what that loses).
+            do to the final result: only costs of blocks are measured then.
         keep_statistics: a file for what was measured, a byte or two per block: plans of other densities are made from
             it without the model (`paroattn plan adapt`).
         progress: show a tqdm progress bar.
@@ -122,6 +123,8 @@ def calibrate(
         >>> plan = paroattn.calibrate(pipe, ["a cat", "a harbour"], density=0.3, precision="int8")  # doctest: +SKIP
     """
     density, goal, parsed = check_choice(density, target_psnr, target_speed_up, precision)
+    if keep_statistics is not None:
+        check_output(keep_statistics)  # before anything is measured
     selection = Selection(dense_steps=dense_steps, dense_layers=dense_layers, steady=steady)
     check_precision(pipe, parsed)
     costs = collect_costs(
@@ -223,7 +226,9 @@ def collect_costs(
     arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
     arguments |= {"dense_steps": dense_steps, "int4": int4, "effects": effects, "block_sums": block_sums}
     given = _known_from(start, Pipeline(pipe).identity)
-    arguments |= {"start": None if given is None else [given.order_names, given.order_index, _weights_of(given)]}
+    arguments |= {"start": None if given is None else [asdict(given.grid), given.order_names, given.order_index]}
+    known = given if isinstance(given, CostStatistics) and effects and not int4 else None  # of effects
+    effects = effects and known is None
     sampling = THOROUGH if thorough else QUICK
     arguments |= {"densities": sorted(densities), "sampling": asdict(sampling)}
     checkpoint = calibration_checkpoint(work_dir, Pipeline(pipe), "paroattn", prompts, seed, call_arguments, arguments)
@@ -273,10 +278,8 @@ def collect_costs(
             "scheduler": type(run.pipeline.scheduler).__name__,
         },
     )
-    weights = _weights_of(given)
-    if effects and weights is not None and not int4:
-        run.say_where_time_went()
-        return replace(statistics, weights=weights[_nearest_levels(statistics, given)])
+    if known is not None:
+        statistics = replace(statistics, weights=known.weights[_nearest_levels(statistics, known)])
     if not effects:
         run.say_where_time_went()
         return statistics
@@ -356,16 +359,11 @@ def _known_from(
     return start
 
 
-def _weights_of(start: Plan | CostStatistics | None) -> Tensor | None:
-    return start.weights if isinstance(start, CostStatistics) else None
-
-
-def _nearest_levels(statistics: CostStatistics, start: Plan | CostStatistics | None) -> list[int]:
+def _nearest_levels(statistics: CostStatistics, start: CostStatistics) -> list[int]:
     """Of each step bucket, the one of another calibration that begins at the nearest noise level."""
     own, others = (
         [each.schedule[step] for step in first_steps(each.bucket_edges, len(each.schedule))]
         for each in (statistics, start)
-        if each is not None
     )
     return [min(range(len(others)), key=lambda number: abs(others[number] - level)) for level in own]
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paroattn.errors import InputError
-from paroattn.files import save_tensors
+from paroattn.files import load_tensors, save_tensors
 
 SUFFIX = ".calibration"
 _FACTS = "paroattn_calibration"
@@ -64,10 +63,8 @@ class Checkpoint:
             return None
         path = self._path(self._folder, part)
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})[_FACTS])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            return load_tensors(path, _FACTS)
+        except ValueError as error:
             raise InputError(f"work file {str(path)!r} cannot be read ({error}); delete it to begin anew") from error
 
     def check_room(self, size: int, memory: float) -> None:

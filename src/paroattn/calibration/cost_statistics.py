@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paroattn.calibration.cost_codes import decoded, with_added
 from paroattn.errors import InputError
-from paroattn.files import save_tensors
+from paroattn.files import load_tensors, save_tensors
 from paroattn.grid import TokenGrid
 from paroattn.plan import ModelIdentity, bucket_lengths
 
@@ -106,16 +105,14 @@ class CostStatistics:
                 f"there are no statistics {str(path)!r}; keep them by `paroattn calibrate --keep-statistics`"
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_HEADER_KEY])
-                if header.pop("version") != _VERSION:
-                    raise InputError(f"statistics {str(path)!r} are of another version of paroattn; calibrate again")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            header |= {"model": ModelIdentity(**header["model"]), "grid": TokenGrid(**header["grid"])}
-            header |= {name: tuple(header[name]) for name in ("order_names", "schedule", "bucket_edges")}
-            return cls(**{"block_sums": None, "tops": None, **header, **tensors})
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            tensors, header = load_tensors(path, _HEADER_KEY)
+            if header.pop("version") == _VERSION:
+                header |= {"model": ModelIdentity(**header["model"]), "grid": TokenGrid(**header["grid"])}
+                header |= {name: tuple(header[name]) for name in ("order_names", "schedule", "bucket_edges")}
+                return cls(**{"block_sums": None, "tops": None, **header, **tensors})
+        except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{str(path)!r} holds no readable statistics ({error}); calibrate again") from error
+        raise InputError(f"statistics {str(path)!r} are of another version of paroattn; calibrate again")
 
     def merged(self, others: Sequence[CostStatistics]) -> tuple[CostStatistics, int]:
         """These statistics and those of other prompts, as if all prompts had been calibrated at once.

@@ -253,9 +253,10 @@ class SelfCalibratingHandle(Handle):
         self._say(name, f"density {plan.density():.3f}{of}, made in {seconds:.1f} s, {kept}")
 
     def _forget(self, plan: Plan | Dense) -> None:
-        """Free what computes a plan that another one has replaced."""
-        with self._lock:
-            self._runners = {place: runner for place, runner in self._runners.items() if place[0] is not plan}
+        """Free what computes a plan that another one has replaced; other threads may be looking for theirs."""
+        for place in list(self._runners):
+            if place[0] is plan:
+                self._runners.pop(place, None)
 
     def _say(self, size: str, state: str) -> None:
         self._states[size] = state

@@ -154,14 +154,15 @@ class Handle:
 
     def runner(self, plan: Plan | None, device: torch.device) -> Runner:
         """What computes a plan on a device; None stands for all blocks in the handle's precision."""
-        if (plan, device) not in self._runners:
+        runner = self._runners.get((plan, device))
+        if runner is None:
             if plan is None:
                 assert self._precision is not None
-                made = Runner.of_precision(self._precision, self._identity, device, self._backend)
+                runner = Runner.of_precision(self._precision, self._identity, device, self._backend)
             else:
-                made = Runner(plan, device, backend=self._backend)
-            self._runners[plan, device] = made
-        return self._runners[plan, device]
+                runner = Runner(plan, device, backend=self._backend)
+            self._runners[plan, device] = runner
+        return runner
 
     def _choose(self, forward: Forward) -> Plan | Dense | None:
         """The plan of a forward call (None: all blocks), or why it stays dense."""
