@@ -42,6 +42,24 @@ def test_the_plan_says_what_was_asked_for_and_fits_the_pipeline(pipe):
         assert tiny.latents(pipe).isfinite().all()
 
 
+def test_long_sequences_get_blocks_of_128_queries(pipe, tmp_path, monkeypatch):
+    few, many = tiny.GRID.tokens + 1, tiny.GRID.tokens
+    for least, block_q in ((few, 64), (many, 128)):
+        monkeypatch.setattr("paroattn.block_mask._MANY_TOKENS", least)
+        plans = [
+            paroattn.calibrate(pipe, PROMPTS, density=0.9, progress=False),
+            paroattn.Plan.default(paroattn.identify(pipe), tiny.GRID, 0.9),
+        ]
+        with paroattn.apply(pipe, density=0.9, requests=1, cache=tmp_path / str(block_q)) as handle:
+            tiny.latents(pipe)
+            plans.append(handle.plan)
+        assert [plan.block_q for plan in plans] == [block_q] * 3
+    plan = paroattn.calibrate(pipe, PROMPTS, density=0.9, block_q=64, progress=False)
+    assert plan.block_q == 64
+    with paroattn.apply(pipe, plans[0], strict=True):
+        assert tiny.latents(pipe).isfinite().all()
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_block_sums_equal_the_mean_over_all_calls_of_a_bucket(pipe, guidance_scale, monkeypatch):
     """Against queries and keys kept by a second pass and full maps in float64."""

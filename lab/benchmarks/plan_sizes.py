@@ -5,9 +5,9 @@ python lab/benchmarks/plan_sizes.py [--plan FILE ...] [--output FILE.jsonl]
 There are no such plans without the models' weights. Their masks are made here, from costs of blocks that fall with the
 distance in the grid, with a reach per head and axis that changes from step bucket to step bucket, with smooth content
 and heavier and lighter keys; the costliest 30% are kept, in one bucket more and in another less. To this comes noise of
-single blocks, which no coding can save: none, little, or as much as makes the masks of a 16x32x32 grid take as many
-bits as those of the plan of moving-digits-large. Eight heads are made; the others are as large. `--plan` measures plans
-that were calibrated.
+single blocks of 64 x 64, which no coding can save: none, little, or as much as makes the masks of a 16x32x32 grid take
+as many bits as those of the plan of moving-digits-large. Where blocks have 128 queries, their costs are sums of two.
+Eight heads are made; the others are as large. `--plan` measures plans that were calibrated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import torch
 import zstandard
 from paroattn_lab.records import environment, write_records
 from torch import Tensor
+from torch.nn.functional import pad
 
-from paroattn.block_mask import block_count, pack_bits, text_blocks
+from paroattn.block_mask import block_count, pack_bits, text_blocks, usual_block_q
 from paroattn.grid import TokenGrid
 from paroattn.mask_coding import encode_masks
 from paroattn.order import candidate_orders, token_order
@@ -49,7 +50,7 @@ LOADED = "little"  # the noise of the plans that are saved and loaded whole, whi
 
 
 def structured_masks(grid: TokenGrid, noise: str, seed: int) -> Tensor:
-    """The masks of one head, bool [buckets, blocks, blocks], in a random order of the grid."""
+    """The masks of one head, bool [buckets, q blocks, kv blocks], in a random order of the grid."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -62,7 +63,11 @@ def structured_masks(grid: TokenGrid, noise: str, seed: int) -> Tensor:
     reach, growth = 0.15 * (0.8 * normal(3)).exp(), 0.05 * normal(3)
     single, keys = normal(blocks, blocks), 0.3 * normal(blocks)
     early, late = (_smooth(places, normal) for _ in range(2))
-    kept = text_blocks(grid) | torch.eye(blocks, dtype=torch.bool)
+    block_q = usual_block_q(grid.tokens)
+    together = block_q // 64  # rows of 64 queries
+    padding = (0, 0, 0, -blocks % together)
+    diagonal = pad(torch.eye(blocks, dtype=torch.bool), padding).unflatten(0, (-1, together)).any(1)
+    kept = text_blocks(grid, block_q) | diagonal
     masks = []
     for bucket in range(BUCKETS):
         distance = torch.cdist(places / (reach * (growth * bucket).exp()), places / (reach * (growth * bucket).exp()))
@@ -71,7 +76,8 @@ def structured_masks(grid: TokenGrid, noise: str, seed: int) -> Tensor:
             single = math.sqrt(1 - renewed**2) * single + renewed * normal(blocks, blocks)
         cost = 0.5 * ((1 - share) * early + share * late) + keys + amount * single - distance
         density = DENSITY * math.exp(sway * math.sin(seed + 0.3 * bucket))
-        count = int(density * blocks * blocks)
+        cost = pad(cost, padding, value=-math.inf).unflatten(0, (-1, together)).logsumexp(1)
+        count = int(density * cost.numel())
         threshold = np.partition(cost.masked_fill(kept, math.inf).numpy().ravel(), -count)[-count]
         masks.append((cost >= float(threshold)) | kept)
     return torch.stack(masks)
@@ -129,6 +135,7 @@ def whole_plan(name: str, noise: str) -> tuple[Plan, dict[str, float]]:
         mask_index=index,
         compensate=torch.zeros(BUCKETS, 1, HEADS, dtype=torch.bool),
         usage=torch.ones(BUCKETS, 1),
+        block_q=usual_block_q(grid.tokens),
     )
     sizes = sizes_by_coding(few)
     changed = sizes.pop("changed_by_bucket")

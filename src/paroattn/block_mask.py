@@ -12,6 +12,7 @@ from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 
 BLOCK = 64
+_MANY_TOKENS = 100_000
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 _BITS_OF_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 
@@ -19,6 +20,13 @@ _BITS_OF_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 def block_count(tokens: int, block: int) -> int:
     """Number of blocks that cover `tokens`; the last one may be partial."""
     return -(-tokens // block)
+
+
+def usual_block_q(tokens: int) -> int:
+    """Queries per block where none are asked for: in long sequences two of 64 skip nearly the same keys, and masks of
+    128 x 64 blocks are half as large.
+    """
+    return BLOCK if tokens < _MANY_TOKENS else 2 * BLOCK
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BlockMask, count_bits, pack_bits, text_blocks
+from paroattn.block_mask import BlockMask, count_bits, pack_bits, text_blocks, usual_block_q
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import TokenGrid
 from paroattn.hub import add_plan, find_plan, push_plan
@@ -131,6 +131,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         _validate(self)
+        MaskRules(self.grid, self.block_q, self.block_kv).check(self.mask_table)
 
     @property
     def buckets(self) -> int:
@@ -262,10 +263,11 @@ class Plan:
             >>> plan = Plan.default(paroattn.identify(pipe), TokenGrid(21, 30, 52), 0.3, "int8")  # doctest: +SKIP
         """
         check_density(density)
-        check_reachable(density, grid)
+        block_q = usual_block_q(grid.tokens)
+        check_reachable(density, grid, block_q)
         name = fitting_order("4x4x4", grid)
-        required = text_blocks(grid)
-        mask = keep_best(-block_distances(name, grid), density, required)
+        required = text_blocks(grid, block_q)
+        mask = keep_best(-block_distances(name, grid, block_q), density, required)
         heads = (model.layers, model.heads)
         return cls(
             model=model,
@@ -280,6 +282,7 @@ class Plan:
             mask_index=torch.zeros(1, *heads, dtype=torch.int32),
             compensate=torch.full((1, *heads), not bool(mask.all())),
             usage=torch.ones(1, model.layers),
+            block_q=block_q,
             provenance={"method": "positions", "density": density},
         )
 
@@ -306,7 +309,10 @@ class Plan:
             parts = parts_of(file.header)
             rules = MaskRules(parts["grid"], parts["block_q"], parts["block_kv"])
             kinds = _tensor_kinds(parts["model"], len(parts["bucket_edges"]), rules)
-            return cls(**{**parts, **file.read(kinds, rules)})
+            plan = object.__new__(cls)  # `Plan(...)` would check all masks again, in a fifth of the time
+            plan.__dict__.update(parts, **file.read(kinds, rules))
+            _validate(plan)
+        return plan
 
     @classmethod
     def from_pretrained(
@@ -386,6 +392,7 @@ def _tensor_kinds(model: ModelIdentity, buckets: int, rules: MaskRules) -> Tenso
 
 
 def _validate(plan: Plan) -> None:
+    """Raise `PlanError` unless everything but the masks themselves is right."""
     check_parts(**{name: getattr(plan, name) for name in _HEADER_PARTS})
     _validate_schedule(plan)
     rules = MaskRules(plan.grid, plan.block_q, plan.block_kv)
@@ -406,7 +413,6 @@ def _validate(plan: Plan) -> None:
             raise PlanError(str(error)) from error
     if not bool(((plan.usage >= 0) & (plan.usage <= 1)).all()) or not bool(plan.usage.any()):
         raise PlanError("usage holds numbers outside [0, 1], or says that no layer is ever called")
-    rules.check(plan.mask_table)
 
 
 def _validate_schedule(plan: Plan) -> None:

@@ -78,7 +78,7 @@ class PlanFile:
         self._text, self._file = text, file
 
     def read(self, kinds: TensorKinds, rules: MaskRules) -> dict[str, Tensor]:
-        """The tensors of the plan.
+        """The tensors of the plan, of which the masks were checked.
 
         Args:
             kinds: of all of them, of which "mask_table" and "mask_index" are decoded where the file has them coded.
@@ -92,6 +92,7 @@ class PlanFile:
             tensors = self._load()
             if self.header.get("digest") != _version_0_digest(self.header, tensors):
                 raise PlanError("the content does not match its checksum: the file was changed after it was written")
+            rules.check(tensors["mask_table"])
             return tensors
         coded = {name: kind for name, kind in kinds.items() if name != "mask_table"}
         coded["mask_stacks"] = (torch.int64, (None, 4))

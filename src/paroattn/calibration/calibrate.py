@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK, block_count
+from paroattn.block_mask import BLOCK, block_count, usual_block_q
 from paroattn.calibration.budget import Selection, interpolate, least_densities, select_by_cost
 from paroattn.calibration.capture import BlockCosts, OrderErrors, StepChange
 from paroattn.calibration.checkpoint import remove_work
@@ -55,7 +55,7 @@ def calibrate(
     precision: str | Precision = "exact",
     seed: int = 0,
     step_buckets: int = 10,
-    block_q: int = BLOCK,
+    block_q: int | None = None,
     order_names: tuple[str, ...] | None = None,
     int8_share: float = 0.25,
     dense_steps: float = 0.0,
@@ -90,7 +90,7 @@ def calibrate(
         seed: of the initial noise (prompt i uses seed + i), of sampled rows and of random cotangents.
         step_buckets: most groups of steps with masks of their own; where there are more steps, attention changes
             equally much in each group.
-        block_q: queries per block, 64 or 128.
+        block_q: queries per block, 64 or 128; default: 64, from 100,000 tokens on 128.
         order_names: candidate orders; default: all axis and tiled orders of the grid. ("FHW",) keeps the model's own.
         int8_share: with INT4, the share of heads computed in INT8 because INT4 hurts them most.
         dense_steps: share of the schedule, from its start, in which all blocks are computed.
@@ -195,7 +195,7 @@ def collect_costs(
     densities: Sequence[float] = (DENSITY,),
     seed: int = 0,
     step_buckets: int = 10,
-    block_q: int = BLOCK,
+    block_q: int | None = None,
     order_names: tuple[str, ...] | None = None,
     dense_steps: float = 0.0,
     int4: bool = False,
@@ -216,7 +216,7 @@ def collect_costs(
         weights are one, which serves uniform budgets. `block_sums` are for pictures and for masks that rank by them.
         Files in `work_dir` stay: the same call returns the same statistics at once (`remove_work` deletes them).
     """
-    if block_q not in (BLOCK, 2 * BLOCK):
+    if block_q not in (None, BLOCK, 2 * BLOCK):
         raise InputError(f"block_q is {block_q!r}; expected 64 or 128")
     check_orders(order_names)
     if not memory_gb > 0:
@@ -250,7 +250,8 @@ def collect_costs(
         arguments |= {"row_share": sampling.cost_rows, "error_share": sampling.error_rows}
         arguments |= {"in_bytes": sampling.costs_in_bytes}
         new_zeros = functools.partial(run.checkpoint.zeros, memory=memory)
-        return (BlockCosts(len(edges), names, chosen, run.grid, block_q, new_zeros=new_zeros, **arguments),)
+        queries = block_q or usual_block_q(run.grid.tokens)
+        return (BlockCosts(len(edges), names, chosen, run.grid, queries, new_zeros=new_zeros, **arguments),)
 
     looked_at = run.steps_of(edges, sampling.cost_steps)
 
@@ -259,7 +260,7 @@ def collect_costs(
             accumulators[0].add(bucket_of(edges, call.step, call.num_steps), call)
 
     (costs,) = run.measure("costs", "calibration 2/4, costs of blocks", make, add, record=effects)
-    found = costs.means()
+    found, block_q = costs.means(), block_q or usual_block_q(run.grid.tokens)
     errors, norms = found["errors"], found["norms"]
     statistics = CostStatistics(
         model=identity,
@@ -301,7 +302,7 @@ def _choose_orders(
     sampling: Sampling,
     order_names: tuple[str, ...] | None,
     step_buckets: int,
-    block_q: int,
+    block_q: int | None,
     seed: int,
     memory: float,
     effects: bool,
@@ -318,11 +319,12 @@ def _choose_orders(
 
     def make() -> tuple[OrderErrors, StepChange]:
         candidates = candidate_orders(run.grid) if order_names is None else order_names
-        blocks = block_count(run.grid.tokens, block_q) * block_count(run.grid.tokens, BLOCK)
+        queries = block_q or usual_block_q(run.grid.tokens)
+        blocks = block_count(run.grid.tokens, queries) * block_count(run.grid.tokens, BLOCK)
         buckets, bytes_each = min(step_buckets, run.num_steps), 1 if sampling.costs_in_bytes else 2
         run.checkpoint.check_room(2 * buckets * math.prod(shape) * blocks * bytes_each, memory)
         rows, levels = sampling.order_rows, sampling.order_levels
-        errors = OrderErrors(*shape, run.grid, candidates, block_q, rows, seed, levels, calibration_kernels)
+        errors = OrderErrors(*shape, run.grid, candidates, queries, rows, seed, levels, calibration_kernels)
         changes_matter = run.num_steps > step_buckets
         return errors, StepChange(*shape, run.grid, sampling.change_rows if changes_matter else 0.0, seed)
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from paroattn.block_mask import BLOCK
+from paroattn.block_mask import usual_block_q
 from paroattn.calibration.budget import select_by_cost
 from paroattn.calibration.calibrate import bucket_edges_by_change
 from paroattn.calibration.capture import BlockCosts, OrderErrors
@@ -63,15 +63,16 @@ class Observation:
         self._buckets = [bucket_of(self._edges, step, steps) for step in range(steps)]
         self._order_step = max(1, round(_ORDER_SHARE * steps)) - 1
         self._names = candidate_orders(grid)
+        self._block_q = usual_block_q(grid.tokens)
         shape = (model.layers, model.heads)
         self._orders = OrderErrors(
-            *shape, grid, self._names, BLOCK, QUICK.order_rows, 0, QUICK.order_levels, calibration_kernels
+            *shape, grid, self._names, self._block_q, QUICK.order_rows, 0, QUICK.order_levels, calibration_kernels
         )
         self._index = torch.zeros(shape, dtype=torch.uint8)
         self._costs = BlockCosts(
-            len(self._edges), self._names, self._index, grid, row_share=QUICK.cost_rows, error_share=QUICK.error_rows,
-            in_bytes=True, new_zeros=lambda shape, dtype: Checkpoint().zeros(shape, dtype, memory_gb * 1e9),
-            kernels_for=calibration_kernels,
+            len(self._edges), self._names, self._index, grid, self._block_q, row_share=QUICK.cost_rows,
+            error_share=QUICK.error_rows, in_bytes=True, kernels_for=calibration_kernels,
+            new_zeros=lambda shape, dtype: Checkpoint().zeros(shape, dtype, memory_gb * 1e9),
         )  # fmt: skip
         self._calls: dict[int, set[int]] = {}  # steps of the first request in which each layer was called
         self._seen: set[tuple[int, int]] = set()  # (step, layer) of this request
@@ -144,7 +145,7 @@ class Observation:
             order_index=index.to(torch.uint8),
             schedule=self.schedule,
             bucket_edges=self._edges,
-            block_q=BLOCK,
+            block_q=self._block_q,
             **found,
             weights=early_weights(mean_level).view(-1, 1, 1) * of_heads,
             int4_effects=torch.zeros(self._index.shape, dtype=torch.float64),

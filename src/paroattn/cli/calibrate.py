@@ -43,7 +43,9 @@ _NOT_THE_PAPERS = (
 @click.option("--dense-steps", type=float, help="Share of the schedule, from its start, that stays dense; default: 0.")
 @click.option("--dense-layers", type=click.IntRange(min=0), help="Layers, from the first, that stay dense; default: 0.")
 @click.option("--order", "order_names", multiple=True, help="Candidate token order; repeatable. Default: all.")
-@click.option("--block-q", type=click.Choice(("64", "128")), help="Queries per block; default: 64.")
+@click.option(
+    "--block-q", type=click.Choice(("64", "128")), help="Queries per block; default: 64, in long sequences 128."
+)
 @click.option(
     "--steady", type=float, help="Masks change from step to step only for costs larger by this share; default: 0."
 )
