@@ -52,6 +52,7 @@ def plans(model: BundledModel, density: float, device: torch.device) -> Iterator
 
     own, seconds = calibrated()
     yield "calibrated", own, seconds
+    yield "calibrated, blocks of 128 queries", *calibrated(block_q=128)
     yield "positions alone", Plan.default(paroattn.identify(model.pipe), own.grid, density), None
     for name, shares in SIZES.items():
         if own.grid.frames == 1 and shares[0] != 1:
@@ -101,8 +102,8 @@ def main() -> None:
             }
             records.append(record)
             print(f"{name}, {way}: {found:.2f} dB, {record['gap_closed']:.0%} of the gap", flush=True)
-    if arguments.output:
-        write_records(records, arguments.output)
+        if arguments.output:
+            write_records(records, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""What plans are worth in few steps, as distilled models take them, beside 20 steps.
+
+python lab/benchmarks/few_steps.py [--models moving-digits painted-digits] [--output FILE.jsonl]
+
+PSNR of each model's evaluation pairs against full attention with the same steps: of plans that were calibrated on
+these steps, and of plans that were calibrated on 20. There is no guidance; in some cases the shift of the noise
+schedule is larger: so distilled models are used. The bundled ones are not distilled: 4 steps make rough frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from paroattn_lab.models.bundled import IMAGE, VIDEO, BundledModel, load_bundled
+from paroattn_lab.quality.metrics import compare, standard_error
+from paroattn_lab.records import environment, write_records
+
+import paroattn
+from paroattn.calibration.budget import select_by_cost
+from paroattn.calibration.calibrate import collect_costs
+from paroattn.calibration.cost_statistics import CostStatistics
+
+DENSITIES = 0.3, 0.2
+CASES = (20, 3.0), (8, 3.0), (4, 3.0), (8, 5.0), (4, 5.0)  # steps and shift; the bundled models' own shift is 3
+
+
+def sampled(name: str, steps: int, shift: float, device: torch.device) -> BundledModel:
+    """A bundled model that takes so many steps, without guidance."""
+    model = load_bundled(name, device=str(device), num_inference_steps=steps, guidance_scale=1.0)
+    scheduler = model.pipe.scheduler
+    key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+    model.pipe.scheduler = type(scheduler).from_config(scheduler.config, **{key: shift})
+    return model
+
+
+def measured(model: BundledModel) -> CostStatistics:
+    prompts = [model.call_arguments(prompt) for prompt in model.calibration_prompts]
+    return collect_costs(model.pipe, prompts, densities=DENSITIES, progress=False)
+
+
+def psnr_of(model: BundledModel, costs: CostStatistics, density: float, references: list[torch.Tensor]) -> list[float]:
+    """PSNR of each evaluation pair with the plan of a density."""
+    with paroattn.apply(model.pipe, select_by_cost(costs, density=density), strict=True):
+        frames = [model.generate(*pair) for pair in model.evaluation_pairs]
+    return [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[VIDEO, IMAGE], help="names of bundled models")
+    parser.add_argument("--output", type=Path, help="write the records to this file")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    records: list[dict[str, Any]] = []
+    for name in arguments.models:
+        of_twenty = measured(sampled(name, *CASES[0], device))
+        for steps, shift in CASES:
+            model = sampled(name, steps, shift, device)
+            references = [model.generate(*pair) for pair in model.evaluation_pairs]
+            own = of_twenty if (steps, shift) == CASES[0] else measured(model)
+            for density in DENSITIES:
+                psnr, others = (psnr_of(model, costs, density, references) for costs in (own, of_twenty))
+                gains = [one - other for one, other in zip(psnr, others, strict=True)]
+                record = {
+                    "kind": "few steps",
+                    "model": name,
+                    "steps": steps,
+                    "shift": shift,
+                    "density": density,
+                    "psnr": statistics.fmean(psnr),
+                    "psnr_of_twenty": statistics.fmean(others),
+                    "gain": statistics.fmean(gains),
+                    "standard_error": standard_error(gains),
+                    "pairs": len(psnr),
+                    **environment(device),
+                }
+                records.append(record)
+                print({key: record[key] for key in list(record)[1:9]}, flush=True)
+            if arguments.output:
+                write_records(records, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
