@@ -24,6 +24,22 @@ def test_str_names_shape_and_text():
     assert str(TokenGrid(2, 3, 4, 5, "prefix")) == "2x3x4 (24 visual tokens) + 5 text tokens (prefix)"
 
 
+def test_references_are_boxes_that_follow():
+    grid = TokenGrid(1, 4, 6, 5, "prefix", references=[[1, 2, 3], (2, 2, 2)])
+    assert grid == TokenGrid(1, 4, 6, 5, "prefix", ((1, 2, 3), (2, 2, 2)))
+    assert (grid.size, grid.boxes) == ((1, 4, 6), ((1, 4, 6), (1, 2, 3), (2, 2, 2)))
+    assert (grid.visual_tokens, grid.tokens, grid.visual_start) == (38, 43, 5)
+    assert str(grid) == "1x4x6 and 1x2x3 and 2x2x2 (38 visual tokens) + 5 text tokens (prefix)"
+    assert TokenGrid(**grid.as_json()) == grid
+    assert "references" not in TokenGrid(1, 4, 6).as_json()
+
+
+@pytest.mark.parametrize("references", [3, "1x2x3", [3], [(1, 2)], [(1, 2, 0)], [(1, 2.0, 3)], [(1, 1, 1)] * 17])
+def test_wrong_references_are_refused(references):
+    with pytest.raises(ValueError, match="references"):
+        TokenGrid(1, 1, 1, references=references)
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "3", None])
 @pytest.mark.parametrize("name", ["frames", "height", "width"])
 def test_sizes_are_positive_integers(name, size):

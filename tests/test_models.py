@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import oracles
@@ -104,9 +105,7 @@ def test_every_call_attends_as_its_layers_masks_and_orders_say(model, monkeypatc
         layer = layer_of[id(op)]
         text = query.shape[1] - model.grid.visual_tokens
         seen.add(text)
-        grid = paroattn.TokenGrid(
-            model.grid.frames, model.grid.height, model.grid.width, text, model.grid.text_position
-        )
+        grid = replace(model.grid, text_tokens=text)
         blocks = block_count(grid.tokens, 64)
         expected_mask = torch.ones(2, blocks, blocks, dtype=torch.bool)
         region = slice(visual if text or model.grid.text_tokens else blocks)

@@ -1,6 +1,7 @@
 """Token orders: permutations of the grid, their inverses, and where text goes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paroattn import TokenGrid
-from paroattn.order import AXIS_ORDERS, candidate_orders, check_permutation, inverse_order, token_order
+from paroattn.order import (
+    AXIS_ORDERS,
+    box_sizes,
+    candidate_orders,
+    check_permutation,
+    fitting_order,
+    inverse_order,
+    token_order,
+    token_places,
+)
 
 grids = st.builds(
     TokenGrid,
@@ -51,6 +61,29 @@ def test_inverse_works_head_by_head_and_for_int32():
     assert inverse.dtype == torch.int64
     for order, undone in zip(orders, inverse, strict=True):
         assert order[undone].tolist() == list(range(11))
+
+
+BOXES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), max_size=3).map(tuple)
+
+
+@given(grids, BOXES)
+def test_every_box_has_the_order_of_a_grid_of_its_own(grid, references):
+    whole = replace(grid, references=references)
+    for name in candidate_orders(whole):
+        expected, start = [], whole.visual_start
+        for size in whole.boxes:
+            own = TokenGrid(*size)
+            expected += (token_order(fitting_order(name, own), own) + start).tolist()
+            start += own.tokens
+        order = token_order(name, whole)
+        assert order[: whole.visual_tokens].tolist() == expected
+        assert order.sort().values.tolist() == list(range(whole.tokens))
+        places, sizes = token_places(name, whole), box_sizes(whole)
+        places_of_model = places[inverse_order(order[: whole.visual_tokens] - whole.visual_start)]
+        assert places_of_model.tolist() == [
+            list(place) for size in whole.boxes for place in itertools.product(*map(range, size))
+        ]
+        assert (places < sizes).all()
 
 
 def test_model_order_without_prefix_text_is_the_identity():

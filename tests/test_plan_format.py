@@ -19,7 +19,7 @@ from plan_files import apart, forge, masks_of, small_plan
 from test_budget import statistics as some_statistics
 
 import paroattn
-from paroattn import CostStatistics, Plan, PlanError, Precision
+from paroattn import CostStatistics, Plan, PlanError, Precision, TokenGrid
 from paroattn.block_mask import block_count, unpack_bits
 from paroattn.calibration.checkpoint import Checkpoint
 from paroattn.plan_cache import PlanCache, PlanWish
@@ -57,12 +57,21 @@ def many_masks(seed=0):
     return tiny.make_plan(tiny.tiny_wan(), masks | torch.eye(blocks, dtype=torch.bool), edges=edges, schedule=schedule)
 
 
-@pytest.mark.parametrize("make", [small_plan, many_masks])
+def two_boxes():
+    """A plan of three blocks, of which the last token of the second box and all of the third hold text."""
+    return small_plan(
+        grid=TokenGrid(1, 8, 8, 5, references=((2, 4, 8), (1, 1, 1))), order_names=("FHW", "WHF", "1x8x8")
+    )
+
+
+@pytest.mark.parametrize("make", [small_plan, many_masks, two_boxes])
 def test_the_reader_of_the_page_reads_what_paroattn_writes(read_plan, make, tmp_path):
     plan = make()
     plan.save(tmp_path / "plan")
     header, tensors, masks = read_plan(tmp_path / "plan")
-    assert header["grid"] == vars(plan.grid)
+    assert TokenGrid(**header["grid"]) == plan.grid
+    assert ("references" in header["grid"]) == bool(plan.grid.references)
+    assert Plan.load(tmp_path / "plan").grid == plan.grid
     assert header["model"] == vars(plan.model)
     dense = unpack_bits(masks_of(plan), block_count(plan.grid.tokens, plan.block_kv)).numpy()
     assert np.array_equal(masks[tensors["mask_index"]], dense)

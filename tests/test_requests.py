@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -12,6 +13,7 @@ from tiny_families import FAMILIES
 from tiny_models import FLUX, QWEN, random
 
 import paroattn
+from paroattn import TokenGrid
 from paroattn.integrations.descriptors import DESCRIPTORS
 
 
@@ -179,36 +181,95 @@ def test_nothing_global_in_diffusers_is_changed():
     assert now == before
 
 
-def _two_boxes():
-    """Arguments of forward calls whose visual tokens are no single box, and the class of the transformer."""
-    image = torch.cartesian_prod(*(torch.arange(size) for size in (1, 4, 6, 1)))
-    reference = image + torch.tensor([10, 0, 0, 0])
-    text = torch.zeros(5, 4, dtype=torch.long)
+IMAGE = torch.cartesian_prod(*(torch.arange(size) for size in (1, 4, 6, 1)))
+REFERENCE = IMAGE[: 4 * 6 // 2] + torch.tensor([10, 0, 0, 0])  # of 2 x 6 tokens
+TEXT = torch.zeros(5, 4, dtype=torch.long)
+
+
+def _calls():
+    """Class of the transformer, arguments of a forward call, and the token grid; None for tokens that form no boxes."""
     latents = torch.zeros(4, 1, 8, 12)
     indicator = torch.tensor([[0] * 2 + [1] * 3 + [2] * 24, [0] * 3 + [1] * 2 + [2] * 24])
-    return {
-        "Flux2Transformer2DModel": {"img_ids": torch.cat((image, reference))},
-        "Flux3Transformer2DModel": {"img_ids": image, "image_cond_hidden_states": torch.zeros(1, 24, 8)},
-        "Krea2Transformer2DModel": {
-            "position_ids": torch.cat((text, image, reference)), "encoder_hidden_states": torch.zeros(1, 5, 8)
-        },
-        "MiniMaxH3Transformer3DModel": {
-            "position_ids": torch.cat((text, image, text, image)),
-            "video_indices": torch.cat((torch.arange(5, 29), torch.arange(34, 58))),
-        },
-        "QwenImage21Transformer2DModel": {"img_shapes": [[(1, 2, 2), (1, 4, 6)]]},
-        "ZImageTransformer2DModel": {"x": [latents, latents[..., 2:]], "cap_feats": [torch.zeros(5, 8)] * 2},
-        "Lumina2Transformer2DModel": {
-            "hidden_states": torch.zeros(2, 4, 8, 12), "encoder_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])
-        },
-        "Ideogram4Transformer2DModel": {"position_ids": torch.cat((text, image))[None], "indicator": indicator[:, :-1]},
-    }  # fmt: skip
+    two = TokenGrid(1, 4, 6, 5, "prefix", ((1, 2, 6),))
+    text = {"encoder_hidden_states": torch.zeros(1, 5, 8)}
+    return [
+        ("Flux2Transformer2DModel", {**text, "img_ids": torch.cat((IMAGE, REFERENCE))}, two),
+        ("Flux2Transformer2DModel", {**text, "img_ids": torch.cat((IMAGE, REFERENCE[:-1]))}, None),
+        ("Flux2Transformer2DModel", {**text, "img_ids": IMAGE.flip(0)}, None),
+        (
+            "Flux2Transformer2DModel",
+            {**text, "img_ids": torch.arange(18).view(-1, 1) * torch.tensor([[1, 0, 0]])},
+            None,
+        ),
+        ("Flux3Transformer2DModel", {"img_ids": IMAGE, "image_cond_hidden_states": torch.zeros(1, 24, 8)}, None),
+        ("Krea2Transformer2DModel", {**text, "position_ids": torch.cat((TEXT, IMAGE, REFERENCE))}, two),
+        (
+            "MiniMaxH3Transformer3DModel",
+            {
+                "position_ids": torch.cat((TEXT, IMAGE, TEXT, IMAGE)),
+                "video_indices": torch.cat((torch.arange(5, 29), torch.arange(34, 58))),
+            },
+            None,
+        ),
+        ("QwenImageTransformer2DModel", {**text, "img_shapes": [[(1, 4, 6), (1, 2, 6)]]}, two),
+        (  # two of its five tokens of text are a condition's
+            "QwenImage21Transformer2DModel",
+            {**text, "img_shapes": [[(1, 2, 4), (1, 4, 6)]]},
+            TokenGrid(1, 4, 6, 3 + 8, "prefix"),
+        ),
+        ("ZImageTransformer2DModel", {"x": [latents, latents[..., 2:]], "cap_feats": [torch.zeros(5, 8)] * 2}, None),
+        (
+            "Lumina2Transformer2DModel",
+            {
+                "hidden_states": torch.zeros(2, 4, 8, 12),
+                "encoder_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+            },
+            None,
+        ),
+        (
+            "Ideogram4Transformer2DModel",
+            {"position_ids": torch.cat((TEXT, IMAGE))[None], "indicator": indicator[:, :-1]},
+            None,
+        ),
+        ("LTXVideoTransformer3DModel", {"hidden_states": torch.zeros(1, 23, 8)}, None),
+        (
+            "LTX2VideoTransformer3DModel",
+            {"hidden_states": torch.zeros(1, 30, 8), "num_frames": 1, "height": 4, "width": 6},
+            TokenGrid(1, 4, 6, 6),
+        ),
+    ]
 
 
-@pytest.mark.parametrize("name", _two_boxes())
-def test_visual_tokens_that_are_no_single_box_have_no_grid(name):
+@pytest.mark.parametrize(("name", "arguments", "expected"), _calls())
+def test_the_grid_of_a_forward_call_has_its_boxes(name, arguments, expected):
     config = type("Config", (), {"patch_size": 2})
-    assert DESCRIPTORS[name].grid(config, _two_boxes()[name]) is None
+    assert DESCRIPTORS[name].grid(config, arguments) == expected
+
+
+@pytest.mark.family
+def test_a_plan_without_references_leaves_a_request_with_an_image_to_the_model():
+    model = next(model for model in FAMILIES if model.name == "kontext")
+    pipe = model.pipe()
+    full = model.latents(pipe)
+    for other_sizes in ("dense", "adapt"):
+        plan = tiny.make_plan(pipe, grid=FLUX.grid, precision="int4")
+        with (
+            paroattn.apply(pipe, plan, other_sizes=other_sizes) as handle,
+            pytest.warns(UserWarning, match="this request has grid 1x10x14 and 1x8x10"),
+        ):
+            assert torch.equal(model.latents(pipe), full)
+        assert handle.report().planned == 0
+
+
+@pytest.mark.family
+def test_a_plan_is_adapted_to_images_of_other_sizes():
+    model = next(model for model in FAMILIES if model.name == "kontext")
+    pipe = model.pipe()
+    grid = replace(model.grid, references=((1, 10, 6),))
+    with paroattn.apply(pipe, tiny.make_plan(pipe, grid=grid), other_sizes="adapt", strict=True) as handle:
+        found = model.latents(pipe)
+    assert handle.report().planned > 0
+    assert torch.allclose(found, model.latents(pipe), rtol=1e-3, atol=1e-4)
 
 
 def _skyreels_by_blocks_of_frames():

@@ -12,7 +12,7 @@ import paroattn
 from paroattn import InputError, Plan, PlanError, TokenGrid
 from paroattn.block_mask import block_count, pack_bits, text_blocks, unpack_bits
 from paroattn.keep import keep_best
-from paroattn.order import AXIS_ORDERS, fitting_order, same_blocks, token_order
+from paroattn.order import AXIS_ORDERS, fitting_order, same_blocks, token_order, token_places
 from paroattn.plan import ModelIdentity
 from paroattn.transfer import block_distances, resample_masks
 
@@ -68,13 +68,13 @@ def test_blocks_keep_what_is_as_far_from_them_as_in_the_old_grid(old, new, block
     masks = random_masks(old, block_q, count=2)
     bits = resample_masks(pack_bits(masks), old_name, block_q, old, new_name, new)
     found = unpack_bits(bits, block_count(new.tokens, 64))
-    required, before_required = text_blocks(new, block_q), text_blocks(old, block_q)
+    required = text_blocks(new, block_q)
     assert found[:, required].all()
     assert found.any(-1).all()
     for mask, before in zip(found, masks, strict=True):
-        share = float(before[~before_required].double().mean()) if not before_required.all() else 1.0
         alone = int((~required.any(1)).sum())  # rows that need a block of their own
-        assert int(mask[~required].sum()) == max(round(share * int((~required).sum())), alone)
+        count = max(round(float(before.double().mean()) * required.numel()), int(required.sum()) + alone)
+        assert int(mask.sum()) == count
         shares = brute_shares(before, old_name, block_q, old, new_name, new)
         forced = (shares >= shares.amax(1, keepdim=True) - 2e-3) & (not required.any())  # for the row's sake
         left, taken = ~required & ~mask, ~required & mask & ~forced
@@ -98,10 +98,32 @@ def test_orders_keep_the_shape_of_their_blocks(name, old, new, expected):
 
 
 @settings(max_examples=20, deadline=None)
-@given(GRIDS, st.sampled_from([64, 128]), st.sampled_from([*AXIS_ORDERS, "4x4x4", "2x4x8"]))
-def test_the_own_grid_gives_the_same_masks(grid, block_q, name):
+@given(
+    GRIDS,
+    st.sampled_from([(), ((1, 9, 8),), ((2, 6, 7), (1, 3, 30))]),
+    st.sampled_from([64, 128]),
+    st.sampled_from([*AXIS_ORDERS, "4x4x4", "2x4x8"]),
+)
+def test_the_own_grid_gives_the_same_masks(grid, references, block_q, name):
+    grid = replace(grid, references=references)
     name, masks = fitting_order(name, grid), random_masks(grid, block_q)
     assert torch.equal(resample_masks(pack_bits(masks), name, block_q, grid, name, grid), pack_bits(masks))
+
+
+def test_places_of_another_box_are_scaled_with_it():
+    """Four tiles attend to themselves, and each to the tile at its place in the reference of half the size."""
+    old, new = TokenGrid(1, 16, 16, references=((1, 16, 16),)), TokenGrid(1, 16, 16, references=((1, 32, 32),))
+    mask = torch.eye(8, dtype=torch.bool)
+    mask[:4, 4:] = torch.eye(4, dtype=torch.bool)
+    found = unpack_bits(resample_masks(pack_bits(mask[None]), "1x8x8", 64, old, "1x8x8", new), 20)[0]
+    corners = [
+        [token_places("1x8x8", new)[64 * block].tolist() for block in blocks] for blocks in (range(4), range(4, 20))
+    ]
+    scaled = torch.tensor([[[2 * place for place in own] == other for other in corners[1]] for own in corners[0]])
+    assert (found[:4, 4:] & scaled).sum() == 4
+    assert torch.equal(found[:4, :4], mask[:4, :4])
+    with pytest.raises(ValueError, match="can be adapted to as many boxes only"):
+        wide_plan().adapt(TokenGrid(4, 16, 16, references=((1, 8, 8),)))
 
 
 def wide_plan(orders=("FHW", "4x4x4"), grid=TokenGrid(4, 16, 16)):
@@ -156,7 +178,7 @@ def test_text_may_be_of_another_number():
     old = wide_plan(("FHW", "4x4x4"), TokenGrid(4, 16, 16, 70, "prefix"))
     plan = old.adapt(TokenGrid(4, 16, 24, 10, "prefix"))
     assert plan.grid.text_tokens == 10
-    before, after = (own.densities(visual_only=True) for own in (old, plan))
+    before, after = (own.densities() for own in (old, plan))
     assert before.min() > 0.1
     assert torch.allclose(after, before, atol=0.03)
 

@@ -464,6 +464,41 @@ def _ideogram():
     return pipe
 
 
+def _kontext():
+    flux = next(model for model in MODELS if model.name == "flux").build()
+    return _pipeline(diffusers.FluxKontextPipeline, flux.transformer, vae=flux.vae)
+
+
+def _kontext_arguments():
+    """With an image to edit, as latents."""
+    flux = next(model for model in MODELS if model.name == "flux")
+    return {**flux.arguments(), "image": random(5, 1, 4, 16, 20), "max_area": 20 * 28}
+
+
+def _ltx_condition():
+    ltx = next(model for model in MODELS if model.name == "ltx").build()
+    return _pipeline(diffusers.LTXConditionPipeline, ltx.transformer, vae=ltx.vae)
+
+
+def _ltx_condition_arguments():
+    """With a key frame that is not the first one: its tokens are joined to those of the video."""
+    ltx = next(model for model in MODELS if model.name == "ltx")
+    image = PIL.Image.new("RGB", (32, 32), "teal")
+    return {**ltx.arguments(), "image": [image], "frame_index": [8], "strength": [1.0]}
+
+
+def _qwen_edit():
+    qwen = next(model for model in MODELS if model.name == "qwen").build()
+    pipe = _pipeline(diffusers.QwenImageEditPlusPipeline, qwen.transformer, vae=qwen.vae)
+    inspect.getmodule(type(pipe)).VAE_IMAGE_SIZE = 64 * 64  # in place of 1024 x 1024 pixels
+    return pipe
+
+
+def _qwen_edit_arguments():
+    qwen = next(model for model in MODELS if model.name == "qwen")
+    return {**qwen.arguments(), "image": [PIL.Image.new("RGB", size, "teal") for size in ((32, 32), (64, 32))]}
+
+
 FAMILIES = (
     TinyModel("ltx2", _ltx2, _ltx2_arguments, TokenGrid(3, 8, 8), layers=2),
     TinyModel(
@@ -747,6 +782,15 @@ FAMILIES = (
         _ernie,
         lambda: {**_IMAGE, "prompt_embeds": [random(1, 9, 32)], "negative_prompt_embeds": [random(2, 5, 32)]},
         TokenGrid(1, 10, 14, 9),
+        layers=2,
+    ),
+    TinyModel("kontext", _kontext, _kontext_arguments, TokenGrid(1, 10, 14, 12, "prefix", ((1, 8, 10),)), layers=5),
+    TinyModel("ltx-condition", _ltx_condition, _ltx_condition_arguments, TokenGrid(3, 8, 8, 64, "prefix"), layers=2),
+    TinyModel(
+        "qwen-edit",
+        _qwen_edit,
+        _qwen_edit_arguments,
+        TokenGrid(1, 10, 14, 11, "prefix", ((1, 8, 8), (1, 4, 12))),
         layers=2,
     ),
     TinyModel(

@@ -441,7 +441,7 @@ WAN22_IMAGE = TinyModel("wan2.2-i2v", _wan_image_to_video, _wan_image_arguments,
 COGVIDEOX = TinyModel("cogvideox", _cogvideox, _cogvideox_arguments, TokenGrid(4, 6, 8, 16, "prefix"), layers=2)
 HUNYUAN = TinyModel("hunyuan", _hunyuan, _hunyuan_arguments, TokenGrid(6, 6, 6, 20), layers=4)
 FLUX = TinyModel("flux", _flux, _flux_arguments, TokenGrid(1, 10, 14, 12, "prefix"), layers=5)
-LTX = TinyModel("ltx", _ltx, _ltx_arguments, TokenGrid(3, 8, 8), layers=2)
+LTX = TinyModel("ltx", _ltx, _ltx_arguments, TokenGrid(3, 8, 8, 0, "prefix"), layers=2)
 MOCHI = TinyModel("mochi", _mochi, _mochi_arguments, TokenGrid(5, 5, 6, 16), layers=2)
 QWEN = TinyModel("qwen", _qwen, _qwen_arguments, TokenGrid(1, 10, 14, 11, "prefix"), layers=2)
 SD3 = TinyModel("sd3", _sd3, _sd3_arguments, TokenGrid(1, 10, 14, 13), layers=5)

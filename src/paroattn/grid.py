@@ -1,11 +1,16 @@
-"""The token grid: the box of visual tokens a model attends over, and where its text tokens stand."""
+"""The token grid: the boxes of visual tokens a model attends over, and where its text tokens stand."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from paroattn.errors import InputError
+
+Box = tuple[int, int, int]
+"""Frames, height and width in tokens."""
+MOST_REFERENCES = 16
 
 
 @dataclass(frozen=True)
@@ -13,10 +18,12 @@ class TokenGrid:
     """Shape of one attention sequence.
 
     The visual tokens form a box of `frames` x `height` x `width` (in latent patches, not pixels), flattened with width
-    fastest. `text_tokens` more tokens stand before (`"prefix"`) or after (`"suffix"`) them.
+    fastest. `references` are boxes of further visual tokens that follow it, such as images to edit. `text_tokens` more
+    tokens stand before (`"prefix"`) or after (`"suffix"`) all of them.
 
     Raises:
-        InputError: a size below 1, a negative number of text tokens, or an unknown text position.
+        InputError: a size below 1, more than 16 references, a negative number of text tokens, or an unknown text
+            position.
 
     Example:
         >>> TokenGrid(13, 30, 45, text_tokens=226, text_position="prefix").tokens
@@ -28,22 +35,41 @@ class TokenGrid:
     width: int
     text_tokens: int = 0
     text_position: Literal["prefix", "suffix"] = "suffix"
+    references: tuple[Box, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
             _check_integer(name, getattr(self, name), least=1)
+        if not isinstance(self.references, list | tuple) or len(self.references) > MOST_REFERENCES:
+            raise InputError(f"references are {self.references!r}; expected up to {MOST_REFERENCES} boxes")
+        for box in self.references:
+            if not isinstance(box, list | tuple) or len(box) != 3:
+                raise InputError(f"references hold {box!r}; expected frames, height and width")
+            for side in box:
+                _check_integer("a side of references", side, least=1)
+        object.__setattr__(self, "references", tuple(map(tuple, self.references)))
         _check_integer("text_tokens", self.text_tokens, least=0)
         if self.text_position not in ("prefix", "suffix"):
             raise InputError(f"text_position is {self.text_position!r}; expected 'prefix' or 'suffix'")
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        """Frames, height and width: what plans are for, whatever the number of text tokens."""
+    def size(self) -> Box:
+        """Frames, height and width of the first box."""
         return self.frames, self.height, self.width
 
     @property
+    def boxes(self) -> tuple[Box, ...]:
+        """All boxes of visual tokens: what plans are for, whatever the number of text tokens."""
+        return (self.size, *self.references)
+
+    @property
+    def name(self) -> str:
+        """The boxes as text, such as "21x45x80", or "1x64x64 and 1x32x32"."""
+        return " and ".join("x".join(map(str, box)) for box in self.boxes)
+
+    @property
     def visual_tokens(self) -> int:
-        return self.frames * self.height * self.width
+        return sum(map(math.prod, self.boxes))
 
     @property
     def tokens(self) -> int:
@@ -57,7 +83,11 @@ class TokenGrid:
 
     def __str__(self) -> str:
         text = f" + {self.text_tokens:,} text tokens ({self.text_position})" if self.text_tokens else ""
-        return f"{self.frames}x{self.height}x{self.width} ({self.visual_tokens:,} visual tokens){text}"
+        return f"{self.name} ({self.visual_tokens:,} visual tokens){text}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The arguments of `TokenGrid` as JSON values, without references where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "references" or value}
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

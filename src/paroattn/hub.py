@@ -238,11 +238,13 @@ def _nearest(
         there = ", ".join(sorted({str(plan.precision) for plan in plans}))
         raise PlanError(f"{place} holds no plan of precision {precision}; it has plans of {there}")
 
-    def distance(plan: PlanSummary) -> tuple[float, float, tuple[int, int], str]:
-        sizes = zip(plan.grid.size, (grid or plan.grid).size, strict=True)
+    def distance(plan: PlanSummary) -> tuple[int, float, float, tuple[int, int], str]:
+        asked_for = grid or plan.grid
+        of_boxes = abs(len(plan.grid.references) - len(asked_for.references))
+        sizes = zip(plan.grid.size, asked_for.size, strict=True)
         of_size = sum(abs(math.log(own / asked)) for own, asked in sizes)
         of_density = math.inf if plan.density is None else abs(math.log(plan.density / density))
-        return of_size, of_density, coarseness(plan.precision), plan.name
+        return of_boxes, of_size, of_density, coarseness(plan.precision), plan.name
 
     return min(fitting, key=distance).name
 

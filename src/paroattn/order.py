@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BLOCK
 from paroattn.errors import InputError
-from paroattn.grid import TokenGrid
+from paroattn.grid import Box, TokenGrid
 
 AXIS_ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
 """The six axis orders, slowest axis first; "FHW" is the order in which models flatten their tokens."""
@@ -27,10 +27,11 @@ def token_order(name: str, grid: TokenGrid) -> Tensor:
 
     Returns:
         int64 [grid.tokens]: position i of the reordered sequence holds token `order[i]` of the model's sequence.
-        Visual tokens come first, text tokens last and in their own order.
+        Visual tokens come first, box by box; text tokens last and in their own order. Boxes that a tile is larger than
+        have the nearest one that fits (`fitting_order`).
 
     Raises:
-        InputError: an unknown order name, or a tile larger than the grid.
+        InputError: an unknown order name, or a tile larger than the first box.
 
     Example:
         >>> token_order("WHF", TokenGrid(2, 1, 3)).tolist()
@@ -38,30 +39,47 @@ def token_order(name: str, grid: TokenGrid) -> Tensor:
         >>> token_order("1x8x8", TokenGrid(1, 8, 16))[64]  # the second block starts at the ninth column
         tensor(8)
     """
-    box = torch.arange(grid.visual_tokens).view(grid.frames, grid.height, grid.width)
-    if name in AXIS_ORDERS:
-        visual = box.permute(*("FHW".index(axis) for axis in name)).flatten()
-    else:
-        visual = _tiled(box, _parse_tile(name, grid))
+    check_order(name, grid)
+    visual, start = [], grid.visual_start
+    for size in grid.boxes:
+        box = torch.arange(start, start + math.prod(size)).view(size)
+        visual.append(_ordered(box, fitting_order(name, TokenGrid(*size))))
+        start += box.numel()
     text_start = 0 if grid.text_position == "prefix" else grid.visual_tokens
-    return torch.cat((visual + grid.visual_start, torch.arange(text_start, text_start + grid.text_tokens)))
+    return torch.cat((*visual, torch.arange(text_start, text_start + grid.text_tokens)))
+
+
+def _ordered(box: Tensor, name: str) -> Tensor:
+    """The tokens of a box [F, H, W] in an order that fits it."""
+    if name in AXIS_ORDERS:
+        return box.permute(*("FHW".index(axis) for axis in name)).flatten()
+    return _tiled(box, _sides(name))
 
 
 def token_places(name: str, grid: TokenGrid) -> Tensor:
-    """Frame, row and column of each visual token of the reordered sequence, int64 [visual tokens, 3].
+    """Frame, row and column in its box of each visual token of the reordered sequence, int64 [visual tokens, 3].
 
     Example:
         >>> token_places("WHF", TokenGrid(2, 1, 3)).tolist()
         [[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 0, 1], [0, 0, 2], [1, 0, 2]]
     """
     token = token_order(name, grid)[: grid.visual_tokens] - grid.visual_start
-    return torch.stack(torch.unravel_index(token, grid.size), -1)
+    places = [torch.cartesian_prod(*map(torch.arange, size)).view(-1, 3) for size in grid.boxes]
+    return torch.cat(places)[token]
+
+
+def box_sizes(grid: TokenGrid) -> Tensor:
+    """Frames, height and width of each visual token's box, in any order, int64 [visual tokens, 3]."""
+    sizes = torch.tensor(grid.boxes)
+    return sizes.repeat_interleave(sizes.prod(1), 0)
 
 
 def check_order(name: str, grid: TokenGrid) -> None:
     """Raise `InputError` unless `token_order` has an order of this name for the grid."""
     if name not in AXIS_ORDERS:
-        _parse_tile(name, grid)
+        sides = _sides(name)
+        if any(side > own for side, own in zip(sides, grid.size, strict=True)):
+            raise InputError(f"tile {name!r} is larger than the grid {grid}; expected a smaller box of {BLOCK} tokens")
 
 
 def candidate_orders(grid: TokenGrid) -> tuple[str, ...]:
@@ -91,7 +109,7 @@ def fitting_order(name: str, grid: TokenGrid) -> str:
     """
     if name in AXIS_ORDERS:
         return name
-    tile = _fitted([int(side) for side in name.split("x")], grid.size)
+    tile = _fitted(_sides(name), grid.size)
     return "x".join(map(str, tile)) if math.prod(tile) == BLOCK else AXIS_ORDERS[0]
 
 
@@ -122,7 +140,8 @@ def _partition(block_of: Tensor) -> bytes:
     return first_token[block_of].numpy().tobytes()
 
 
-def _parse_tile(name: str, grid: TokenGrid) -> tuple[int, int, int]:
+def _sides(name: str) -> Box:
+    """The sides of a tiled order's boxes."""
     match = re.fullmatch(r"(\d{1,2})x(\d{1,2})x(\d{1,2})", name)
     sides = tuple(int(side) for side in match.groups()) if match else ()
     if math.prod(sides) != BLOCK or not sides:
@@ -131,8 +150,6 @@ def _parse_tile(name: str, grid: TokenGrid) -> tuple[int, int, int]:
             f"whose sides have the product {BLOCK}"
         )
     frames, height, width = sides
-    if frames > grid.frames or height > grid.height or width > grid.width:
-        raise InputError(f"tile {name!r} is larger than the grid {grid}; expected a smaller box of {BLOCK} tokens")
     return frames, height, width
 
 

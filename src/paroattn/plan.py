@@ -205,21 +205,26 @@ class Plan:
     def adapt(self, grid: TokenGrid, device: torch.device | str = "cpu") -> Plan:
         """The plan for another grid: each block keeps what lies as far from it as what this plan keeps at its place.
 
-        Each mask keeps the same share of its visual blocks. Token orders keep the shape of their blocks, as far as it
+        Each mask keeps the same share of its blocks. Token orders keep the shape of their blocks, as far as it
         fits; steps, precisions and what is compensated stay.
 
         Args:
-            grid: frames, height and width in tokens, and the number of text tokens.
+            grid: frames, height and width in tokens of as many boxes, and the number of text tokens.
             device: that computes the masks, which are many for a large model.
 
         Returns:
             The plan itself for its own grid.
+
+        Raises:
+            InputError: a grid with more or fewer boxes of visual tokens.
 
         Example:
             >>> plan.adapt(TokenGrid(21, 45, 80))  # doctest: +SKIP
         """
         if grid == self.grid:
             return self
+        if len(grid.boxes) != len(self.grid.boxes):
+            raise InputError(f"grid is {grid}; the plan is for {self.grid}, and can be adapted to as many boxes only")
         names = tuple(same_blocks(name, self.grid, grid) for name in self.order_names)
         both = self.mask_index.long() * len(names) + self.order_index.long()
         used, index = both.unique(return_inverse=True)

@@ -104,7 +104,7 @@ def _row(plan: PlanSummary) -> str:
         f"[{_plain(plan.name)}]({quote(plan.name)})",
         _plain(plan.model.class_name),
         f"{plan.model.layers} x {plan.model.heads}",
-        " x ".join(map(str, plan.grid.size)),
+        plan.grid.name.replace("x", " x "),
         "" if plan.density is None else f"{plan.density:.3g}",
         str(plan.precision),
         measured,

@@ -47,7 +47,7 @@ def header_of(plan: Any) -> dict[str, Any]:
     return {
         **plan.unknown,
         "model": asdict(plan.model),
-        "grid": asdict(plan.grid),
+        "grid": plan.grid.as_json(),
         "order_names": plan.order_names,
         "precisions": [str(precision) for precision in plan.precisions],
         "schedule": plan.schedule,

@@ -91,7 +91,7 @@ def key_of(model: ModelIdentity, grid: TokenGrid, wish: PlanWish) -> str:
     asked = {
         "version": FORMAT_VERSION,
         "model": asdict(model),
-        "grid": grid.size,
+        "grid": grid.boxes if grid.references else grid.size,
         "text": grid.text_position if grid.text_tokens else None,
         **note_of(wish),
     }

@@ -115,15 +115,15 @@ class Runner:
         return (self._levels >= level).sum()
 
     def refusal(self, grid: TokenGrid | None) -> str | None:
-        """Why calls of a token grid (None: tokens that are no single box) have to stay dense, or None if they need not.
+        """Why calls of a token grid (None: tokens that form no boxes) have to stay dense, or None if they need not.
 
         The number of text tokens may differ from the plan's.
         """
         if self.grid is None:
             return None
-        found = "tokens that are no single box of frames, height and width" if grid is None else f"grid {grid}"
+        found = "tokens that form no boxes of frames, height and width" if grid is None else f"grid {grid}"
         planned = self.grid
-        if grid is None or planned.size != grid.size:
+        if grid is None or planned.boxes != grid.boxes:
             return f"plan is for grid {planned}; this request has {found}"
         return None
 

@@ -57,7 +57,7 @@ class Subject:
     def grid(self) -> TokenGrid:
         grid = describe(self.transformer).grid(self.transformer.config, self.arguments)
         if grid is None:
-            raise InputError(f"{self.name}: the visual tokens are no single box of frames, height and width")
+            raise InputError(f"{self.name}: the visual tokens form no boxes of frames, height and width")
         return grid
 
     def twin(self) -> Subject:

@@ -155,7 +155,7 @@ def select_like(plan: Plan, statistics: CostStatistics, density: float | None = 
         InputError: statistics of another model or grid than the plan's.
         PlanError: as `select_by_cost`, or a plan that was not made from statistics.
     """
-    if (statistics.model, statistics.grid.size) != (plan.model, plan.grid.size):
+    if (statistics.model, statistics.grid.boxes) != (plan.model, plan.grid.boxes):
         raise InputError(
             f"statistics are of {statistics.model.class_name} at {statistics.grid}; the plan is for "
             f"{plan.model.class_name} at {plan.grid}"

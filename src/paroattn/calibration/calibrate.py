@@ -226,7 +226,7 @@ def collect_costs(
     arguments: dict[str, Any] = {"step_buckets": step_buckets, "block_q": block_q, "order_names": order_names}
     arguments |= {"dense_steps": dense_steps, "int4": int4, "effects": effects, "block_sums": block_sums}
     given = _known_from(start, Pipeline(pipe).identity)
-    arguments |= {"start": None if given is None else [asdict(given.grid), given.order_names, given.order_index]}
+    arguments |= {"start": None if given is None else [given.grid.as_json(), given.order_names, given.order_index]}
     known = given if isinstance(given, CostStatistics) and effects and not int4 else None  # of effects
     effects = effects and known is None
     sampling = THOROUGH if thorough else QUICK

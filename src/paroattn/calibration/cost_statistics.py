@@ -89,7 +89,8 @@ class CostStatistics:
             if isinstance(value, Tensor):
                 tensors[field.name] = value.contiguous()
             elif value is not None:
-                header[field.name] = asdict(value) if field.name in ("model", "grid") else value
+                header[field.name] = value
+        header |= {"model": asdict(self.model), "grid": self.grid.as_json()}
         save_tensors(path, tensors, {_HEADER_KEY: json.dumps(header)})
 
     @classmethod

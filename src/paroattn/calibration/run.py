@@ -260,7 +260,7 @@ class CalibrationRun:
             for number, accumulator in enumerate(accumulators)
             for name, tensor in accumulator.state().items()
         }
-        facts = {"done": done, "grid": asdict(self.grid), "schedule": self.schedule, "called": sorted(self._called)}
+        facts = {"done": done, "grid": self.grid.as_json(), "schedule": self.schedule, "called": sorted(self._called)}
         self.checkpoint.save(part, tensors, facts)
 
     def _resume(self, part: str, make: Callable[[], Accumulators], found: list[Accumulators]) -> int:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from paroattn.calibration.calibrate import check_precision
 from paroattn.calibration.observation import Observation
 from paroattn.errors import InputError, PlanError
+from paroattn.grid import Box
 from paroattn.integrations.apply import Handle, Observer, Report
 from paroattn.integrations.apply import apply as apply_plan
 from paroattn.integrations.attach import Forward
@@ -131,7 +132,7 @@ class SelfCalibratingHandle(Handle):
         self._memory_gb = memory_gb
         self._progress = progress
         self._pipeline = pipeline
-        self._plans: dict[tuple[int, int, int], Plan | Dense] = {}
+        self._plans: dict[tuple[Box, ...], Plan | Dense] = {}
         self._states: dict[str, str] = {}
         self._observed: _ObservedRequest | None = None
         self._observation: Observation | None = None  # of the last size, as long as more requests can add to it
@@ -158,17 +159,17 @@ class SelfCalibratingHandle(Handle):
     def _choose(self, forward: Forward) -> Plan | Dense | None:
         grid = forward.grid
         if grid is None:
-            return Dense("this request has tokens that are no single box of frames, height and width")
+            return Dense("this request has tokens that form no boxes of frames, height and width")
         request = self._own_request
         if request is not None:
             if request.goes_on(forward, self._pipeline.scheduler):
                 return request.attention
             self._finish(request)  # a host that does not call the pipeline has begun another generation
-        if grid.size not in self._plans:
+        if grid.boxes not in self._plans:
             self._look_for(forward)
-        elif self._observation is not None and self._observation.grid.size == grid.size:
+        elif self._observation is not None and self._observation.grid.boxes == grid.boxes:
             self._begin(forward, self._observation)
-        chosen = self._plans.get(grid.size, Dense("another request is being observed"))
+        chosen = self._plans.get(grid.boxes, Dense("another request is being observed"))
         self.plan = chosen if isinstance(chosen, Plan) else None
         return chosen if self._own_request is None else self._own_request.attention
 
@@ -182,7 +183,7 @@ class SelfCalibratingHandle(Handle):
         """Take a size's plan from the cache, or begin to observe."""
         grid = forward.grid
         assert grid is not None
-        size, name = grid.size, str(grid)
+        size, name = grid.boxes, str(grid)
         try:
             check_reachable(self._wish.density, grid)
         except PlanError as error:
@@ -203,7 +204,7 @@ class SelfCalibratingHandle(Handle):
         with self._lock:
             if self._observed is not None and self._observed.thread.is_alive():
                 return False
-            attention = Dense(OBSERVED) if earlier is None else self._plans[forward.grid.size]
+            attention = Dense(OBSERVED) if earlier is None else self._plans[forward.grid.boxes]
             request = _ObservedRequest(forward, self._pipeline, attention)
             if earlier is None:
                 self._observation = None  # gives its memory back before another one is made
@@ -241,7 +242,7 @@ class SelfCalibratingHandle(Handle):
             return
         start = time.perf_counter()
         plan = observation.plan(self._wish.density, self._wish.precision, request.device)
-        self._plans[request.grid.size] = self.plan = plan
+        self._plans[request.grid.boxes] = self.plan = plan
         self._forget(request.attention)
         self._observation = observation if observation.requests < self._most_requests else None
         seconds = time.perf_counter() - start
@@ -297,7 +298,7 @@ class _ObservedRequest:
     def goes_on(self, forward: Forward, scheduler: Any) -> bool:
         """Whether a forward call belongs to this generation; it is then followed."""
         assert forward.grid is not None
-        if forward.grid.size != self.grid.size:
+        if forward.grid.boxes != self.grid.boxes:
             return False
         before, levels = self._schedule.step, self._schedule.levels
         self._schedule.follow(forward.descriptor, forward.timestep, scheduler)

@@ -87,8 +87,7 @@ def _table(entries: Sequence[CachedPlan]) -> Table:
 def _facts(entry: CachedPlan) -> tuple[Text, str, str, str]:
     if entry.grid is None:
         return Text("broken"), "", "", ""
-    size = f"{entry.grid.frames}x{entry.grid.height}x{entry.grid.width}"
-    return Text(str(entry.model)), size, f"{entry.density:g}", str(entry.precision)
+    return Text(str(entry.model)), entry.grid.name, f"{entry.density:g}", str(entry.precision)
 
 
 def _json(entry: CachedPlan) -> dict[str, object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paroattn.errors import InputError, PlanError
-from paroattn.grid import TokenGrid
+from paroattn.grid import Box, TokenGrid
 from paroattn.integrations.attach import Attachment, Forward
 from paroattn.integrations.descriptors import describe
 from paroattn.integrations.pipeline import Pipeline
@@ -97,7 +97,7 @@ class Handle:
     ):
         self.plan = plan
         self._other_sizes = other_sizes
-        self._adapted: dict[tuple[int, int, int], Plan] = {}
+        self._adapted: dict[tuple[Box, ...], Plan] = {}
         self._identity = pipeline.identity
         self._precision = precision
         self._backend = backend
@@ -174,14 +174,15 @@ class Handle:
 
     def _plan_for(self, grid: TokenGrid | None, device: torch.device) -> Plan | None:
         """The plan, adapted to a grid of another size if that is wanted."""
-        if self._other_sizes != "adapt" or self.plan is None or grid is None or grid.size == self.plan.grid.size:
+        if self._other_sizes != "adapt" or self.plan is None or grid is None or grid.boxes == self.plan.grid.boxes:
+            return self.plan
+        if len(grid.boxes) != len(self.plan.grid.boxes):  # nothing is known of boxes that are new
             return self.plan
         with self._adapting:
-            if grid.size not in self._adapted:
-                frames, height, width = grid.size
-                own = replace(self.plan.grid, frames=frames, height=height, width=width)
-                self._adapted[grid.size] = self.plan.adapt(own, device)
-            return self._adapted[grid.size]
+            if grid.boxes not in self._adapted:
+                text = {name: getattr(self.plan.grid, name) for name in ("text_tokens", "text_position")}
+                self._adapted[grid.boxes] = self.plan.adapt(replace(grid, **text), device)
+            return self._adapted[grid.boxes]
 
     def _observer(self) -> Observer | None:
         """What looks at the calls of a forward call."""

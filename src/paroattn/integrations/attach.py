@@ -25,7 +25,7 @@ class Forward(NamedTuple):
         transformer: its number.
         descriptor: of its class.
         arguments: by name.
-        grid: of its tokens; None if its visual tokens are no single box.
+        grid: of its tokens; None if its visual tokens form no boxes.
     """
 
     transformer: int

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from paroattn.errors import InputError
-from paroattn.grid import TokenGrid
+from paroattn.grid import MOST_REFERENCES, Box, TokenGrid
 
-Box = tuple[int, int, int]
-"""Frames, height and width in tokens."""
+Boxes = tuple[Box, ...]
+"""Of visual tokens: what is generated first, then what it refers to."""
 
 Arguments = Mapping[str, Any]
 """Arguments of a forward call of a transformer, by name."""
@@ -41,8 +41,8 @@ class ModelDescriptor:
 
     Attributes:
         self_attention: regular expressions of module names, in the order of the layers; group 1 is the block number.
-        box: frames, height and width in tokens, from the model's config and the arguments of a forward call; None if
-            the visual tokens are no single box.
+        boxes: frames, height and width in tokens of each box of visual tokens, from the model's config and the
+            arguments of a forward call; None if visual tokens form no boxes.
         text: whether text tokens, and what else is not of the box, stand before ("prefix") or after ("suffix") the
             visual ones in self-attention, or None if they take no part in it.
         text_tokens: how many there are, from the model's config and the arguments of a forward call.
@@ -54,7 +54,7 @@ class ModelDescriptor:
     """
 
     self_attention: tuple[str, ...]
-    box: Callable[[Any, Arguments], Box | None]
+    boxes: Callable[[Any, Arguments], Boxes | None]
     text: Literal["prefix", "suffix"] | None = None
     text_tokens: Callable[[Any, Arguments], int] = lengths("encoder_hidden_states")
     text_asks: bool = True
@@ -65,13 +65,14 @@ class ModelDescriptor:
     timestep_of: Callable[[Arguments], Any] = itemgetter("timestep")
 
     def grid(self, config: Any, arguments: Arguments) -> TokenGrid | None:
-        """The token grid of a forward call, or None if its visual tokens are no single box."""
-        box = self.box(config, arguments)
-        if box is None:
+        """The token grid of a forward call, or None if its visual tokens form no boxes."""
+        boxes = self.boxes(config, arguments)
+        if boxes is None or len(boxes) > 1 + MOST_REFERENCES:
             return None
+        grid = TokenGrid(*boxes[0], references=boxes[1:])
         if self.text is None:
-            return TokenGrid(*box)
-        return TokenGrid(*box, self.text_tokens(config, arguments), self.text)
+            return grid
+        return replace(grid, text_tokens=self.text_tokens(config, arguments), text_position=self.text)
 
     def level(self, timestep: Tensor | float) -> Tensor:
         """The noise level of a forward call, a 0-dim float32 tensor where the timestep is: 1 is pure noise.
@@ -86,34 +87,58 @@ class ModelDescriptor:
         return (1 - level if self.ascending else level) * self.timestep_range
 
 
-def latents(*dimensions: int) -> Callable[[Any, Arguments], Box]:
-    """The box from the shape of latents: which dimensions of `hidden_states` are (frames,) height and width."""
+def latents(*dimensions: int) -> Callable[[Any, Arguments], Boxes]:
+    """One box from the shape of latents: which dimensions of `hidden_states` are (frames,) height and width."""
 
-    def box(config: Any, arguments: Arguments) -> Box:
+    def boxes(config: Any, arguments: Arguments) -> Boxes:
         patch = config.patch_size
         if isinstance(patch, int):
             patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
         patch = (1, *patch)[-3:]
         shape = arguments["hidden_states"].shape
         *frames, height, width = (shape[dimension] for dimension in dimensions)
-        return (frames[0] // patch[0] if frames else 1), height // patch[1], width // patch[2]
+        return (((frames[0] // patch[0] if frames else 1), height // patch[1], width // patch[2]),)
 
-    return box
+    return boxes
 
 
-def _sizes_as_arguments(config: Any, arguments: Arguments) -> Box | None:
+def _ltx_video(config: Any, arguments: Arguments) -> Boxes | None:
+    """Of LTX, from sizes or, with conditions that stand before the video, from coordinates [B, 3, N]."""
+    there, coordinates = arguments["hidden_states"].shape[1], arguments.get("video_coords")
     frames, height, width = (arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
-    whole = arguments["hidden_states"].shape[1] == frames * height * width
-    return (frames, height, width) if whole else None  # LTXConditionPipeline appends tokens of its conditions
+    if frames or coordinates is None:
+        return ((frames, height, width),) if 0 < frames * height * width <= there else None
+    ids = coordinates[0].T
+    in_frame = math.prod(len(ids[:, axis].unique()) for axis in (1, 2))
+    if there % in_frame:
+        return None
+    frame = ids[::in_frame, 0]
+    starts = [0, *((frame[1:] <= frame[:-1]).nonzero().flatten() + 1).tolist()]
+    box = _box_of_positions(ids[starts[-1] * in_frame :])
+    return None if box is None else (box,)
 
 
-def _image_shapes(config: Any, arguments: Arguments) -> Box | None:
+def _ltx_conditions(config: Any, arguments: Arguments) -> int:
+    """Of LTX: tokens of conditions, such as key frames, that were joined to those of the video."""
+    video = _ltx_video(config, arguments)
+    return int(arguments["hidden_states"].shape[1]) - (math.prod(video[0]) if video else 0)
+
+
+def _image_shapes(config: Any, arguments: Arguments) -> Boxes:
     first = arguments["img_shapes"][0]
-    shapes = [first] if isinstance(first[0], int) else list(first)
-    if len(shapes) != 1:
-        return None  # Qwen-Image-Edit appends images
-    frames, height, width = shapes[0]
-    return frames, height, width
+    return ((*first,),) if isinstance(first[0], int) else tuple(map(tuple, first))  # Qwen-Image-Edit appends images
+
+
+def _last_image_shape(config: Any, arguments: Arguments) -> Boxes:
+    """Of Qwen-Image 2.1 and Nucleus: what is generated comes last."""
+    frames, height, width = arguments["img_shapes"][0][-1]
+    return ((frames, height, width),)
+
+
+def _text_and_conditions(config: Any, arguments: Arguments) -> int:
+    """Of Qwen-Image 2.1: each token of text that stands for a part of a condition image becomes four."""
+    conditions = sum(map(math.prod, arguments["img_shapes"][0][:-1]))
+    return lengths("encoder_hidden_states")(config, arguments) + 3 * conditions // 4
 
 
 def _box_of_positions(ids: Tensor) -> Box | None:
@@ -126,66 +151,69 @@ def _box_of_positions(ids: Tensor) -> Box | None:
     return (frames, height, width) if torch.equal(torch.stack(axes[:3], 1), in_order) else None
 
 
-def _image_of_positions(ids: Tensor) -> Box | None:
-    box = _box_of_positions(ids)
-    return box if box is not None and box[0] == 1 else None  # Flux Kontext appends images
+def _images_of_positions(ids: Tensor) -> Boxes | None:
+    """The boxes of images that follow each other, each with a frame's number of its own."""
+    starts = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1
+    boxes = [_box_of_positions(image) for image in ids.tensor_split(starts.cpu())]
+    return tuple(box for box in boxes if box is not None) if None not in boxes else None
 
 
-def _position_ids(config: Any, arguments: Arguments) -> Box | None:
+def _position_ids(config: Any, arguments: Arguments) -> Boxes | None:
     if arguments.get("image_cond_hidden_states") is not None:  # of Flux 3
         return None
     ids: Tensor = arguments["img_ids"]
-    return _image_of_positions(ids[0] if ids.ndim == 3 else ids)
+    return _images_of_positions(ids[0] if ids.ndim == 3 else ids)
 
 
-def _positions_of_all(config: Any, arguments: Arguments) -> Box | None:
+def _positions_of_all(config: Any, arguments: Arguments) -> Boxes | None:
     """Of one packed sequence, with the image's tokens behind the text's."""
-    return _image_of_positions(arguments["position_ids"][arguments["encoder_hidden_states"].shape[1] :])
+    return _images_of_positions(arguments["position_ids"][arguments["encoder_hidden_states"].shape[1] :])
 
 
-def _positions_of_indicated(config: Any, arguments: Arguments) -> Box | None:
+def _positions_of_indicated(config: Any, arguments: Arguments) -> Boxes | None:
     """Of one packed sequence of Ideogram, in which an indicator tells the image's tokens: the same in every sample."""
     image = arguments["indicator"] == arguments["indicator"][:1, -1:]
     count = int(image[0].sum())
     same = bool((image == image[0]).all() and image[0, -count:].all())
-    return _image_of_positions(arguments["position_ids"][0, -count:]) if same else None
+    return _images_of_positions(arguments["position_ids"][0, -count:]) if same else None
 
 
-def _positions_of_video(config: Any, arguments: Arguments) -> Box | None:
+def _positions_of_video(config: Any, arguments: Arguments) -> Boxes | None:
     """Of one packed sequence of MiniMax-H3, with the video's tokens at its end; references are video tokens, too."""
     video, ids = arguments["video_indices"], arguments["position_ids"]
     at_end = int(video[0]) == len(ids) - len(video)
-    return _box_of_positions(ids[-len(video) :]) if at_end else None
+    box = _box_of_positions(ids[-len(video) :]) if at_end else None
+    return None if box is None else (box,)
 
 
-def _list_of_latents(config: Any, arguments: Arguments) -> Box | None:
+def _list_of_latents(config: Any, arguments: Arguments) -> Boxes | None:
     """Of Z-Image, which is handed a list of [C, F, H, W]; its omni mode a list of lists."""
     latents, patch = arguments["x"], arguments.get("patch_size", 2)
     if not isinstance(latents[0], Tensor) or len({item.shape for item in latents}) != 1:
         return None
     _, frames, height, width = latents[0].shape
-    return frames // arguments.get("f_patch_size", 1), height // patch, width // patch
+    return ((frames // arguments.get("f_patch_size", 1), height // patch, width // patch),)
 
 
 def _captions_and_padding(config: Any, arguments: Arguments) -> int:
     """Of Z-Image: image and captions are both padded to multiples of 32; the image's padding stands behind it."""
-    box = _list_of_latents(config, arguments)
-    image = 0 if box is None else -math.prod(box) % 32
+    boxes = _list_of_latents(config, arguments)
+    image = 0 if boxes is None else -math.prod(boxes[0]) % 32
     return image + max(-(-len(caption) // 32) * 32 for caption in arguments["cap_feats"])
 
 
-def _one_prompt_length(config: Any, arguments: Arguments) -> Box | None:
+def _one_prompt_length(config: Any, arguments: Arguments) -> Boxes | None:
     """Of Lumina 2, whose image's tokens begin where those of each sample's prompt end."""
     counts = arguments["encoder_attention_mask"].sum(1)
     return latents(2, 3)(config, arguments) if bool((counts == counts[0]).all()) else None
 
 
-def _all_items(config: Any, arguments: Arguments) -> Box:
+def _all_items(config: Any, arguments: Arguments) -> Boxes:
     """Of JoyImage, where items of one size [B, items, C, F, H, W] follow each other like frames."""
     shape = arguments["hidden_states"].shape
     items = shape[1] if len(shape) == 6 else 1
     patch = config.patch_size
-    return items * shape[-3] // patch[0], shape[-2] // patch[1], shape[-1] // patch[2]
+    return ((items * shape[-3] // patch[0], shape[-2] // patch[1], shape[-1] // patch[2]),)
 
 
 def _history(config: Any, arguments: Arguments) -> int:
@@ -204,7 +232,8 @@ _DOUBLE_AND_SINGLE = (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_b
 _WAN = ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4))
 _FLUX = ModelDescriptor(_DOUBLE_AND_SINGLE, _position_ids, text="prefix", timestep_range=1.0)
 _COGVIDEOX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix")
-_COGVIEW = replace(_COGVIDEOX, box=latents(2, 3))
+_LTX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _ltx_video, text="prefix", text_tokens=_ltx_conditions)
+_COGVIEW = replace(_COGVIDEOX, boxes=latents(2, 3))
 
 DESCRIPTORS = {
     # Video
@@ -213,12 +242,12 @@ DESCRIPTORS = {
     "WanAnimateTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
     "ChronoEditTransformer3DModel": _WAN,
-    "AnyFlowTransformer3DModel": replace(_WAN, box=latents(1, 3, 4)),
+    "AnyFlowTransformer3DModel": replace(_WAN, boxes=latents(1, 3, 4)),
     "HeliosTransformer3DModel": replace(_WAN, text="prefix", text_tokens=_history),
     "CogVideoXTransformer3DModel": _COGVIDEOX,
     "EasyAnimateTransformer3DModel": replace(
         _COGVIDEOX,
-        box=latents(2, 3, 4),
+        boxes=latents(2, 3, 4),
         text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_t5"),
     ),
     "HunyuanVideoTransformer3DModel": ModelDescriptor(_DOUBLE_AND_SINGLE, latents(2, 3, 4), text="suffix"),
@@ -235,8 +264,8 @@ DESCRIPTORS = {
         text="suffix",
         text_tokens=lengths("encoder_hidden_states", "image_embeds"),
     ),
-    "LTXVideoTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _sizes_as_arguments),
-    "LTX2VideoTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _sizes_as_arguments),
+    "LTXVideoTransformer3DModel": _LTX,
+    "LTX2VideoTransformer3DModel": replace(_LTX, text="suffix"),
     "MiniMaxH3Transformer3DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn",),
         _positions_of_video,
@@ -272,7 +301,7 @@ DESCRIPTORS = {
     "BriaTransformer2DModel": replace(_FLUX, timestep_range=1000.0),
     "BriaFiboTransformer2DModel": replace(_FLUX, timestep_range=1000.0),
     "Krea2Transformer2DModel": replace(
-        _FLUX, self_attention=(r"transformer_blocks\.(\d+)\.attn",), box=_positions_of_all
+        _FLUX, self_attention=(r"transformer_blocks\.(\d+)\.attn",), boxes=_positions_of_all
     ),
     "Ideogram4Transformer2DModel": ModelDescriptor(
         (r"layers\.(\d+)\.attention",),
@@ -287,7 +316,12 @@ DESCRIPTORS = {
         (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", timestep_range=1.0
     ),
     "QwenImage21Transformer2DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", text_asks=False, timestep_range=1.0
+        (r"transformer_blocks\.(\d+)\.attn",),
+        _last_image_shape,
+        text="prefix",
+        text_tokens=_text_and_conditions,
+        text_asks=False,
+        timestep_range=1.0,
     ),
     "NucleusMoEImageTransformer2DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="suffix", text_asks=False, timestep_range=1.0

@@ -131,7 +131,7 @@ def observe(
 
     Raises:
         InputError: an unknown model class, a pipeline that paroattn is applied to, and, while generating, visual tokens
-            that are no single box.
+            that form no boxes.
 
     Example:
         >>> norms = []
@@ -144,7 +144,7 @@ def observe(
     def before_forward(forward: Forward) -> None:
         grid = forward.grid
         if grid is None:
-            raise InputError("visual tokens are no single box of frames, height and width; use a prompt without images")
+            raise InputError("visual tokens form no boxes of frames, height and width; use other arguments")
         known[:] = [grid]
         if schedule.follow(forward.descriptor, forward.timestep, pipeline.scheduler):
             on_step(schedule)
