@@ -210,6 +210,13 @@ def test_bad_input_is_one_clear_line(kept, tmp_path, monkeypatch, arguments, mes
     assert kept.read_bytes() == before
 
 
+def test_statistics_that_are_not_finite_are_refused(kept):
+    costs = CostStatistics.load(statistics_path(kept))
+    for name in ("weights", "errors"):
+        with pytest.raises(InputError, match=f"{name} of the calibration are not finite"):
+            replace(costs, **{name: getattr(costs, name) * torch.nan})
+
+
 def test_statistics_that_do_not_belong_together_are_refused(kept, tmp_path, monkeypatch):
     own = CostStatistics.load(statistics_path(kept))
     for change, message in (

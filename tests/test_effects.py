@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import paroattn
+from paroattn import InputError
 from paroattn.block_mask import block_count
 from paroattn.calibration import sensitivity as effects
 from paroattn.calibration.run import QUICK, THOROUGH, CalibrationRun
@@ -162,3 +163,46 @@ def test_a_plan_can_be_kept_to_one_bucket(draft):
     assert isinstance(only, Plan)
     assert only.densities()[0].min() == 1
     assert torch.equal(only.densities()[1], draft.densities()[1])
+
+
+def without_numbers(monkeypatch, lost):
+    """Gradients are NaN in backward passes whose number is in `lost`; returns the numbers of all that are made."""
+    grad, made = torch.autograd.grad, []
+
+    def sometimes(*args, **kwargs):
+        made.append(len(made))
+        return [gradient * (torch.nan if made[-1] in lost else 1) for gradient in grad(*args, **kwargs)]
+
+    monkeypatch.setattr(torch.autograd, "grad", sometimes)
+    return made
+
+
+def test_gradients_that_are_not_finite_are_computed_once_more_with_other_kernels(pipe, draft, monkeypatch):
+    run, errors = calibration_run(pipe), torch.ones(2, 2, 2, dtype=torch.float64)
+    made = without_numbers(monkeypatch, lost={1})
+    found = measure_effects(run, draft, errors, QUICK)
+    assert made == [0, 1, 2]
+    assert found.weights.isfinite().all()
+    assert not torch.equal(found.weights[0], found.weights[1])
+
+
+def test_where_gradients_are_never_finite_the_nearest_step_stands_for_them(pipe, draft, monkeypatch):
+    run, errors = calibration_run(pipe), torch.ones(2, 2, 2, dtype=torch.float64)
+    without_numbers(monkeypatch, lost={1, 2})
+    with pytest.warns(UserWarning, match="not finite in 2 of 4 layers and steps"):
+        found = measure_effects(run, draft, errors, QUICK)
+    of_heads = found.weights / found.weights.sum((1, 2), keepdim=True)
+    assert torch.allclose(of_heads[0], of_heads[1])
+    without_numbers(monkeypatch, lost=range(10))
+    with pytest.raises(
+        InputError, match=r"gradients of layer 0 in torch.float32 are not finite; .* float32 or bfloat16"
+    ):
+        measure_effects(run, draft, errors, QUICK)
+
+
+def test_latents_that_are_not_finite_are_refused(pipe, draft, monkeypatch):
+    run, errors = calibration_run(pipe), torch.ones(2, 2, 2, dtype=torch.float64)
+    run.recorded()
+    monkeypatch.setattr(run, "generate_one", lambda prompt: torch.full_like(run.recorded().latents, torch.nan))
+    with pytest.raises(InputError, match="makes latents that are not finite"):
+        measure_effects(run, draft, errors, QUICK)

@@ -113,6 +113,23 @@ def test_a_later_request_that_ends_early_leaves_the_plan_as_it_is(pipe, tmp_path
         assert handle.plan is not plan
 
 
+def test_a_request_that_is_not_finite_makes_no_plan(pipe, tmp_path):
+    with torch.no_grad(), paroattn.apply(pipe, cache=tmp_path, **SETTINGS) as handle:
+        weight = pipe.transformer.blocks[1].attn1.to_v.weight
+        kept = weight.clone()
+        weight.fill_(torch.nan)
+        try:
+            tiny.latents(pipe)
+        finally:
+            weight.copy_(kept)
+        with pytest.warns(
+            UserWarning, match="no plan could be made of the first request: errors of the calibration are not finite"
+        ):
+            tiny.latents(pipe)
+    assert not list(tmp_path.iterdir())
+    assert "not made: errors of the calibration are not finite" in handle.report().plans[str(tiny.GRID)]
+
+
 def test_sizes_in_turn_have_plans_of_their_own(pipe, tmp_path):
     sizes = (64, 96)
     own = {height: tiny.latents(pipe, height=height) for height in sizes}

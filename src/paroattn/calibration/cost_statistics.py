@@ -70,6 +70,13 @@ class CostStatistics:
     samples: Tensor
     provenance: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        for name in ("errors", "norms", "weights", "int4_effects"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise InputError(
+                    f"{name} of the calibration are not finite; calibrate with the pipeline in float32 or bfloat16"
+                )
+
     @property
     def shares(self) -> Tensor:
         """Share of all calls of heads in a schedule, float64 like `norms`; it sums to 1."""

@@ -241,7 +241,13 @@ class SelfCalibratingHandle(Handle):
                 self._say(name, "not made: no attention call of this size could be observed")
             return
         start = time.perf_counter()
-        plan = observation.plan(self._wish.density, self._wish.precision, request.device)
+        try:
+            plan = observation.plan(self._wish.density, self._wish.precision, request.device)
+        except InputError as error:
+            if is_first:
+                self._plans[request.grid.boxes] = Dense(f"no plan could be made of the first request: {error}")
+            self._say(name, f"not made: {error}")
+            return
         self._plans[request.grid.boxes] = self.plan = plan
         self._forget(request.attention)
         self._observation = observation if observation.requests < self._most_requests else None

@@ -11,6 +11,8 @@ they are so noisy that plans made of them were worse (docs/fidelity.md).
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paroattn.block_mask import block_count, pack_bits
 from paroattn.calibration.mask_table import nearest_called
 from paroattn.calibration.recording import ForwardCall
 from paroattn.calibration.run import CalibrationRun, Sampling, spread
+from paroattn.errors import InputError
 from paroattn.integrations.apply import apply
 from paroattn.integrations.observe import ObservedCall, observe
 from paroattn.integrations.pipeline import Pipeline
@@ -56,6 +60,9 @@ def measure_effects(
         sampling: how much is measured.
         seed: of the random cotangents.
         int4: also measure INT4 (zeros otherwise).
+
+    Raises:
+        InputError: gradients or latents that are not finite.
     """
     steps_of: list[list[int]] = [[] for _ in range(draft.buckets)]
     for step in range(run.num_steps):
@@ -75,21 +82,41 @@ def measure_effects(
             probe = _HeadProbe(run.pipeline, draft, bucket, int4, sampling.cotangents)
             calls = run.recorded().calls_of(steps[bucket])[: sampling.samples]
             measured = [probe.measure(call, generator) for call in calls]
-            sensitivity, rounded = (torch.stack(parts).mean(0) for parts in zip(*measured, strict=True))
+            sensitivity, rounded = (torch.stack(parts).nanmean(0) for parts in zip(*measured, strict=True))
             found.append(sensitivity)
             rounding.append(rounded)
             state = {"found": torch.stack(found), "rounding": torch.stack(rounding)}
             run.checkpoint.save("effects", {**state, "generator": generator.get_state()}, {})
             bar.update()
+    sensitive = torch.stack(found)
+    known = called[buckets] & sensitive.isfinite().all(-1)
+    _tell_of_lost(called[buckets], known, run.pipeline)
     # Layers that a bucket does not call have the sensitivity of the nearest one that does.
-    own = nearest_called(called[buckets].float()).unsqueeze(-1).expand(len(buckets), -1, draft.model.heads)
-    logs = torch.stack(found).clamp(min=1e-30).log().gather(0, own)
+    own = nearest_called(known.float()).unsqueeze(-1).expand(len(buckets), -1, draft.model.heads)
+    logs = sensitive.clamp(min=1e-30).log().gather(0, own)
     sensitivities = _interpolated(buckets, logs, draft.buckets).exp() * called.unsqueeze(-1)
     gains = _propagation(run, draft, (sensitivities * errors).sum((1, 2)), steps_of, sampling)
     weights = sensitivities * gains.view(-1, 1, 1)
     steps_per_bucket = torch.tensor([len(own) for own in steps_of], dtype=torch.float64).view(-1, 1, 1)
     int4_errors = _interpolated(buckets, torch.stack(rounding), draft.buckets)
     return Effects(weights, int4=(int4_errors * weights * steps_per_bucket).sum(0))
+
+
+def _tell_of_lost(called: Tensor, known: Tensor, pipeline: Pipeline) -> None:
+    """Warn of layers whose gradients are not finite in some bucket, bool [buckets, layers]; raise if in all."""
+    lost = called & ~known
+    if bool((called.any(0) & ~known.any(0)).any()):
+        layer = int((called.any(0) & ~known.any(0)).int().argmax())
+        raise InputError(
+            f"gradients of layer {layer} in {pipeline.place[1]} are not finite; calibrate with "
+            "the pipeline in float32 or bfloat16"
+        )
+    if bool(lost.any()):
+        warnings.warn(
+            f"gradients are not finite in {int(lost.sum())} of {int(called.sum())} layers and steps that were looked "
+            "at; those of the nearest step stand for them",
+            stacklevel=2,
+        )
 
 
 def _probed_buckets(pipeline: Pipeline, called: Tensor, count: int) -> list[int]:
@@ -119,8 +146,15 @@ class _HeadProbe:
     def measure(self, forward: ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """For one recorded call: squared change of the model's output per squared error of a head's output, and the
         squared error of a head in INT4 (zero if not asked for); each [layers, heads] float64, zero for layers that are
-        not called.
+        not called, NaN for gradients that are not finite.
         """
+        found = self._measure(forward, generator)
+        if not found[0].isfinite().all():  # seen on an H100 in bfloat16, where cuDNN's kernels are the first choice
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                found = self._measure(forward, generator)
+        return torch.where(found[0].isfinite(), found[0], torch.nan), found[1]
+
+    def _measure(self, forward: ForwardCall, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         layers: list[int] = []
         touched: list[Tensor] = []  # zeros added to each call's attention, whose gradient is wanted
         rounding = torch.zeros(self._shape, dtype=torch.float64)
@@ -200,6 +234,11 @@ def _propagation(
             reference = run.recorded()
             with apply(run.pipeline, _only_in(draft, bucket)), reference.replayed(steps_of[bucket][0]):
                 change = float((run.generate_one(0) - reference.latents).double().square().sum())
+            if not math.isfinite(change):
+                raise InputError(
+                    f"the pipeline in {run.pipeline.place[1]} makes latents that are not finite: "
+                    "calibrate with it in float32 or bfloat16"
+                )
             found.append(change / max(float(output_changes[bucket]) * len(steps_of[bucket]), 1e-30))
             run.checkpoint.save("propagation", {"found": torch.tensor(found, dtype=torch.float64)}, {})
             bar.update()
