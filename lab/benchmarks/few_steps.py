@@ -3,14 +3,17 @@
 python lab/benchmarks/few_steps.py [--models moving-digits painted-digits] [--output FILE.jsonl]
 
 PSNR of each model's evaluation pairs against full attention with the same steps: of plans that were calibrated on
-these steps, and of plans that were calibrated on 20. There is no guidance; in some cases the shift of the noise
-schedule is larger: so distilled models are used. The bundled ones are not distilled: 4 steps make rough frames.
+these steps, and of plans that were calibrated on 20 and spend their blocks on these. There is no guidance; in some
+cases the shift of the noise schedule is larger: so distilled models are used. The bundled ones are not distilled: 4
+steps make rough frames.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import paroattn
 from paroattn.calibration.budget import select_by_cost
 from paroattn.calibration.calibrate import collect_costs
 from paroattn.calibration.cost_statistics import CostStatistics
+from paroattn.plan import bucket_lengths
 
 DENSITIES = 0.3, 0.2
 CASES = (20, 3.0), (8, 3.0), (4, 3.0), (8, 5.0), (4, 5.0)  # steps and shift; the bundled models' own shift is 3
@@ -40,6 +44,14 @@ def sampled(name: str, steps: int, shift: float, device: torch.device) -> Bundle
 def measured(model: BundledModel) -> CostStatistics:
     prompts = [model.call_arguments(prompt) for prompt in model.calibration_prompts]
     return collect_costs(model.pipe, prompts, densities=DENSITIES, progress=False)
+
+
+def spent_on(costs: CostStatistics, schedule: Sequence[float]) -> CostStatistics:
+    """The statistics with as many calls in each step bucket as another schedule has, which starts late ones sooner."""
+    plan = select_by_cost(costs, density=1.0)
+    counts = torch.tensor([plan.bucket_of(level) for level in schedule]).bincount(minlength=plan.buckets)
+    calls = counts / bucket_lengths(costs.bucket_edges)
+    return replace(costs, usage=(calls / calls.max()).float().unsqueeze(1).expand_as(costs.usage).contiguous())
 
 
 def psnr_of(model: BundledModel, costs: CostStatistics, density: float, references: list[torch.Tensor]) -> list[float]:
@@ -62,8 +74,9 @@ def main() -> None:
             model = sampled(name, steps, shift, device)
             references = [model.generate(*pair) for pair in model.evaluation_pairs]
             own = of_twenty if (steps, shift) == CASES[0] else measured(model)
+            both = own, spent_on(of_twenty, own.schedule)
             for density in DENSITIES:
-                psnr, others = (psnr_of(model, costs, density, references) for costs in (own, of_twenty))
+                psnr, others = (psnr_of(model, costs, density, references) for costs in both)
                 gains = [one - other for one, other in zip(psnr, others, strict=True)]
                 record = {
                     "kind": "few steps",
