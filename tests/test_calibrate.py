@@ -112,6 +112,7 @@ def test_step_buckets_bound_the_number_of_masks_sets(pipe):
         (PROMPTS, {"precision": "int3"}, "int3"),
         (PROMPTS, {"order_names": ("FHW", "XYZ")}, "token order 'XYZ' is unknown"),
         (PROMPTS, {"step_buckets": 0}, "step_buckets is 0"),
+        (PROMPTS, {"order_names": ("FHW",), "start": "a.safetensors"}, "order_names are given beside start"),
         (PROMPTS, {"density": 0.01}, "density 0.01 cannot be reached"),
         ([tiny.call_arguments(), tiny.call_arguments(height=48)], {}, "prompts give different token grids"),
     ],

@@ -219,6 +219,8 @@ def collect_costs(
     if block_q not in (None, BLOCK, 2 * BLOCK):
         raise InputError(f"block_q is {block_q!r}; expected 64 or 128")
     check_orders(order_names)
+    if order_names is not None and start is not None:
+        raise InputError("order_names are given beside start, whose orders are taken; give one of them")
     if not memory_gb > 0:
         raise InputError(f"memory_gb is {memory_gb!r}; expected a number above 0")
     if step_buckets < 1:
