@@ -200,6 +200,27 @@ def transfer_table(records: list[dict]) -> list[str]:
     ]
 
 
+def known_models_table(records: list[dict]) -> list[str]:
+    """The transformer classes, what they are called by, and how much of their work attention is."""
+    rows = []
+    for record in records:
+        others = {"prefix": "before", "suffix": "after", None: "none"}[record["others"]]
+        size, tokens, share = record["usual"], record["tokens"], record["attention_share"]
+        rows.append(
+            (
+                f"`{record['class']}`",
+                ", ".join(f"`{name}`" for name in record["pipelines"]),
+                f"`{record['example']}`" if record["example"] else "",
+                f"{record['layers']} x {record['heads']} x {record['head_dim']}" if "layers" in record else "",
+                others if record["others_ask"] else f"{others}, as keys only",
+                f"{size}: {tokens:,}" if size else "",
+                "" if share is None else f"{share:.0%}",
+            )
+        )
+    heads = ("transformer class", "tested with", "such as", "layers x heads x head_dim", "other tokens")
+    return [*table((*heads, "visual tokens of a usual size", "attention's share"), rows)]
+
+
 def few_steps_table(records: list[dict]) -> list[str]:
     """PSNR by number of steps and shift, and the difference to a plan that was calibrated on 20 steps, if measured."""
     rows: dict[tuple, list[str]] = {}
