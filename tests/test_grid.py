@@ -31,7 +31,10 @@ def test_references_are_boxes_that_follow():
     assert (grid.visual_tokens, grid.tokens, grid.visual_start) == (38, 43, 5)
     assert str(grid) == "1x4x6 and 1x2x3 and 2x2x2 (38 visual tokens) + 5 text tokens (prefix)"
     assert TokenGrid(**grid.as_json()) == grid
-    assert "references" not in TokenGrid(1, 4, 6).as_json()
+    assert not {"references", "references_position"} & set(TokenGrid(1, 4, 6).as_json())
+    before = TokenGrid(1, 4, 6, 5, "prefix", grid.references, "before")
+    assert (grid.starts, before.starts) == ((5, 29, 35), (19, 5, 11))
+    assert TokenGrid(**before.as_json()) == before
 
 
 @pytest.mark.parametrize("references", [3, "1x2x3", [3], [(1, 2)], [(1, 2, 0)], [(1, 2.0, 3)], [(1, 1, 1)] * 17])
@@ -51,6 +54,11 @@ def test_sizes_are_positive_integers(name, size):
 def test_text_tokens_are_a_non_negative_integer(text_tokens):
     with pytest.raises(ValueError, match="text_tokens"):
         TokenGrid(1, 1, 1, text_tokens)
+
+
+def test_unknown_position_of_references_is_refused():
+    with pytest.raises(ValueError, match="references_position is 'between'; expected 'before' or 'after'"):
+        TokenGrid(1, 1, 1, references=((1, 1, 1),), references_position="between")
 
 
 def test_unknown_text_position_is_refused():

@@ -66,22 +66,25 @@ def test_inverse_works_head_by_head_and_for_int32():
 BOXES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), max_size=3).map(tuple)
 
 
-@given(grids, BOXES)
-def test_every_box_has_the_order_of_a_grid_of_its_own(grid, references):
-    whole = replace(grid, references=references)
+@given(grids, BOXES, st.sampled_from(["before", "after"]))
+def test_every_box_has_the_order_of_a_grid_of_its_own(grid, references, position):
+    whole = replace(grid, references=references, references_position=position)
+    boxes = [TokenGrid(*size) for size in whole.boxes]
+    in_sequence = [*boxes[1:], boxes[0]] if position == "before" else boxes
+    lengths = [box.tokens for box in in_sequence]
+    starts = [whole.visual_start + sum(lengths[:number]) for number in range(len(boxes))]
+    assert list(whole.starts) == ([starts[-1], *starts[:-1]] if position == "before" else starts)
     for name in candidate_orders(whole):
-        expected, start = [], whole.visual_start
-        for size in whole.boxes:
-            own = TokenGrid(*size)
+        expected = []
+        for own, start in zip(boxes, whole.starts, strict=True):
             expected += (token_order(fitting_order(name, own), own) + start).tolist()
-            start += own.tokens
         order = token_order(name, whole)
         assert order[: whole.visual_tokens].tolist() == expected
         assert order.sort().values.tolist() == list(range(whole.tokens))
         places, sizes = token_places(name, whole), box_sizes(whole)
         places_of_model = places[inverse_order(order[: whole.visual_tokens] - whole.visual_start)]
         assert places_of_model.tolist() == [
-            list(place) for size in whole.boxes for place in itertools.product(*map(range, size))
+            list(place) for box in in_sequence for place in itertools.product(*map(range, box.size))
         ]
         assert (places < sizes).all()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 from tiny_models import MODELS, TinyModel, random
+from transformers import BatchFeature
 
 from paroattn import TokenGrid
 
@@ -487,6 +488,36 @@ def _ltx_condition_arguments():
     return {**ltx.arguments(), "image": [image], "frame_index": [8], "strength": [1.0]}
 
 
+def _framepack():
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=2,
+        num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=16, rope_axes_dim=(4, 4, 8), image_proj_dim=12,
+        has_image_proj=True, has_clean_x_embedder=True, image_condition_type="latent_concat",
+    )  # fmt: skip
+    hunyuan = next(model for model in MODELS if model.name == "hunyuan").build()
+    parts = {"vae": hunyuan.vae, "image_encoder": _Vision(), "feature_extractor": _Vision().features}
+    return _pipeline(diffusers.HunyuanVideoFramepackPipeline, transformer, scheduler=hunyuan.scheduler, **parts)
+
+
+class _Vision:
+    """In place of an encoder of images."""
+
+    dtype = torch.float32
+
+    def features(self, **_):
+        return BatchFeature({})
+
+    def __call__(self):
+        return BatchFeature({"last_hidden_state": random(3, 1, 6, 12)})
+
+
+def _framepack_arguments():
+    hunyuan = next(model for model in MODELS if model.name == "hunyuan")
+    image, mask = PIL.Image.new("RGB", (96, 96), "teal"), torch.ones(1, 20, dtype=torch.long)
+    sizes = {"num_frames": 17, "latent_window_size": 5}
+    return {**hunyuan.arguments(), **sizes, "prompt_attention_mask": mask, "image": image}
+
+
 def _qwen_edit():
     qwen = next(model for model in MODELS if model.name == "qwen").build()
     pipe = _pipeline(diffusers.QwenImageEditPlusPipeline, qwen.transformer, vae=qwen.vae)
@@ -785,6 +816,14 @@ FAMILIES = (
         layers=2,
     ),
     TinyModel("kontext", _kontext, _kontext_arguments, TokenGrid(1, 10, 14, 12, "prefix", ((1, 8, 10),)), layers=5),
+    TinyModel(
+        "framepack",
+        _framepack,
+        _framepack_arguments,
+        TokenGrid(5, 6, 6, 26, references=((4, 2, 2), (1, 3, 3), (2, 6, 6)), references_position="before"),
+        layers=4,
+        whole_graph=None,  # text is cut to a length that is known only when it runs
+    ),
     TinyModel("ltx-condition", _ltx_condition, _ltx_condition_arguments, TokenGrid(3, 8, 8, 64, "prefix"), layers=2),
     TinyModel(
         "qwen-edit",

@@ -30,7 +30,8 @@ class TinyModel:
     arguments: Callable[[], dict[str, Any]]
     grid: TokenGrid
     layers: int
-    whole_graph: bool = True  # the unmodified transformer compiles without graph breaks
+    # The unmodified transformer compiles without graph breaks; None: but not with a plan.
+    whole_graph: bool | None = True
 
     def pipe(self):
         torch.manual_seed(0)
@@ -49,7 +50,9 @@ class TinyModel:
         generator = torch.Generator().manual_seed(seed)
         call = {**self.call(steps), "generator": generator, **changes}
         found = pipe(**call)
-        return found if isinstance(found, torch.Tensor) else found[0]
+        while not isinstance(found, torch.Tensor):
+            found = found[0]
+        return found
 
     def schedule(self, pipe, **changes):
         """Noise levels of a generation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from paroattn.errors import InputError
@@ -18,12 +19,11 @@ class TokenGrid:
     """Shape of one attention sequence.
 
     The visual tokens form a box of `frames` x `height` x `width` (in latent patches, not pixels), flattened with width
-    fastest. `references` are boxes of further visual tokens that follow it, such as images to edit. `text_tokens` more
-    tokens stand before (`"prefix"`) or after (`"suffix"`) all of them.
+    fastest. `references` are boxes of further visual tokens that stand after it (or before it), such as images to edit.
+    `text_tokens` more tokens stand before (`"prefix"`) or after (`"suffix"`) all of them.
 
     Raises:
-        InputError: a size below 1, more than 16 references, a negative number of text tokens, or an unknown text
-            position.
+        InputError: a size below 1, more than 16 references, a negative number of text tokens, or an unknown position.
 
     Example:
         >>> TokenGrid(13, 30, 45, text_tokens=226, text_position="prefix").tokens
@@ -36,6 +36,7 @@ class TokenGrid:
     text_tokens: int = 0
     text_position: Literal["prefix", "suffix"] = "suffix"
     references: tuple[Box, ...] = ()
+    references_position: Literal["before", "after"] = "after"
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
@@ -48,6 +49,8 @@ class TokenGrid:
             for side in box:
                 _check_integer("a side of references", side, least=1)
         object.__setattr__(self, "references", tuple(map(tuple, self.references)))
+        if self.references_position not in ("before", "after"):
+            raise InputError(f"references_position is {self.references_position!r}; expected 'before' or 'after'")
         _check_integer("text_tokens", self.text_tokens, least=0)
         if self.text_position not in ("prefix", "suffix"):
             raise InputError(f"text_position is {self.text_position!r}; expected 'prefix' or 'suffix'")
@@ -59,8 +62,17 @@ class TokenGrid:
 
     @property
     def boxes(self) -> tuple[Box, ...]:
-        """All boxes of visual tokens: what plans are for, whatever the number of text tokens."""
+        """All boxes of visual tokens, the first one first: what plans are for, whatever the number of text tokens."""
         return (self.size, *self.references)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each of `boxes` begins in the model's own sequence."""
+        counts = [math.prod(box) for box in self.boxes]
+        if self.references_position == "after":
+            return tuple(accumulate(counts[:-1], initial=self.visual_start))
+        *others, first = accumulate(counts[1:], initial=self.visual_start)
+        return (first, *others)
 
     @property
     def name(self) -> str:
@@ -87,7 +99,7 @@ class TokenGrid:
 
     def as_json(self) -> dict[str, Any]:
         """The arguments of `TokenGrid` as JSON values, without references where there are none."""
-        return {name: value for name, value in asdict(self).items() if name != "references" or value}
+        return {name: value for name, value in asdict(self).items() if self.references or "references" not in name}
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -40,20 +40,19 @@ def token_order(name: str, grid: TokenGrid) -> Tensor:
         tensor(8)
     """
     check_order(name, grid)
-    visual, start = [], grid.visual_start
-    for size in grid.boxes:
-        box = torch.arange(start, start + math.prod(size)).view(size)
-        visual.append(_ordered(box, fitting_order(name, TokenGrid(*size))))
-        start += box.numel()
+    visual = [own + start for own, start in zip(_orders_of_boxes(name, grid), grid.starts, strict=True)]
     text_start = 0 if grid.text_position == "prefix" else grid.visual_tokens
     return torch.cat((*visual, torch.arange(text_start, text_start + grid.text_tokens)))
 
 
-def _ordered(box: Tensor, name: str) -> Tensor:
-    """The tokens of a box [F, H, W] in an order that fits it."""
-    if name in AXIS_ORDERS:
-        return box.permute(*("FHW".index(axis) for axis in name)).flatten()
-    return _tiled(box, _sides(name))
+def _orders_of_boxes(name: str, grid: TokenGrid) -> list[Tensor]:
+    """The tokens of each box, numbered from 0, in an order that fits it."""
+    orders = []
+    for size in grid.boxes:
+        box, own = torch.arange(math.prod(size)).view(size), fitting_order(name, TokenGrid(*size))
+        axes = own in AXIS_ORDERS
+        orders.append(box.permute(*map("FHW".index, own)).flatten() if axes else _tiled(box, _sides(own)))
+    return orders
 
 
 def token_places(name: str, grid: TokenGrid) -> Tensor:
@@ -63,13 +62,13 @@ def token_places(name: str, grid: TokenGrid) -> Tensor:
         >>> token_places("WHF", TokenGrid(2, 1, 3)).tolist()
         [[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 0, 1], [0, 0, 2], [1, 0, 2]]
     """
-    token = token_order(name, grid)[: grid.visual_tokens] - grid.visual_start
-    places = [torch.cartesian_prod(*map(torch.arange, size)).view(-1, 3) for size in grid.boxes]
-    return torch.cat(places)[token]
+    check_order(name, grid)
+    orders = zip(_orders_of_boxes(name, grid), grid.boxes, strict=True)
+    return torch.cat([torch.stack(torch.unravel_index(own, size), -1) for own, size in orders])
 
 
 def box_sizes(grid: TokenGrid) -> Tensor:
-    """Frames, height and width of each visual token's box, in any order, int64 [visual tokens, 3]."""
+    """Frames, height and width of the box of each visual token of a reordered sequence, int64 [visual tokens, 3]."""
     sizes = torch.tensor(grid.boxes)
     return sizes.repeat_interleave(sizes.prod(1), 0)
 

@@ -78,8 +78,7 @@ def _old_blocks(order_name: str, old: TokenGrid, new_name: str, new: TokenGrid, 
     places, new_sizes = token_places(new_name, new) + 0.5, box_sizes(new)
     counts = torch.tensor(new.boxes).prod(1)
     old_sizes = torch.tensor(old.boxes).repeat_interleave(counts, 0)
-    volumes = torch.tensor(old.boxes).prod(1)
-    starts = (volumes.cumsum(0) - volumes + old.visual_start).repeat_interleave(counts)
+    starts = torch.tensor(old.starts).repeat_interleave(counts)
     position = inverse_order(token_order(order_name, old))
 
     def some(block: int) -> Tensor:

@@ -43,6 +43,7 @@ class ModelDescriptor:
         self_attention: regular expressions of module names, in the order of the layers; group 1 is the block number.
         boxes: frames, height and width in tokens of each box of visual tokens, from the model's config and the
             arguments of a forward call; None if visual tokens form no boxes.
+        references_position: whether the boxes after the first stand "after" or "before" it.
         text: whether text tokens, and what else is not of the box, stand before ("prefix") or after ("suffix") the
             visual ones in self-attention, or None if they take no part in it.
         text_tokens: how many there are, from the model's config and the arguments of a forward call.
@@ -55,6 +56,7 @@ class ModelDescriptor:
 
     self_attention: tuple[str, ...]
     boxes: Callable[[Any, Arguments], Boxes | None]
+    references_position: Literal["before", "after"] = "after"
     text: Literal["prefix", "suffix"] | None = None
     text_tokens: Callable[[Any, Arguments], int] = lengths("encoder_hidden_states")
     text_asks: bool = True
@@ -69,7 +71,7 @@ class ModelDescriptor:
         boxes = self.boxes(config, arguments)
         if boxes is None or len(boxes) > 1 + MOST_REFERENCES:
             return None
-        grid = TokenGrid(*boxes[0], references=boxes[1:])
+        grid = TokenGrid(*boxes[0], references=boxes[1:], references_position=self.references_position)
         if self.text is None:
             return grid
         return replace(grid, text_tokens=self.text_tokens(config, arguments), text_position=self.text)
@@ -228,6 +230,17 @@ def _history(config: Any, arguments: Arguments) -> int:
     return count
 
 
+def _video_and_history(config: Any, arguments: Arguments) -> Boxes:
+    """Of HunyuanVideo Framepack: the history from the oldest and coarsest part on, and the video."""
+    found = list(latents(2, 3, 4)(config, arguments))
+    for name, factor in (("history_4x", 4), ("history_2x", 2), ("clean", 1)):
+        past = arguments.get(f"latents_{name}")
+        if past is not None:
+            frames, height, width = past.shape[2:]
+            found.append((-(-frames // factor), -(-height // (2 * factor)), -(-width // (2 * factor))))
+    return tuple(found)
+
+
 _DOUBLE_AND_SINGLE = (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn")
 _WAN = ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4))
 _FLUX = ModelDescriptor(_DOUBLE_AND_SINGLE, _position_ids, text="prefix", timestep_range=1.0)
@@ -251,6 +264,13 @@ DESCRIPTORS = {
         text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_t5"),
     ),
     "HunyuanVideoTransformer3DModel": ModelDescriptor(_DOUBLE_AND_SINGLE, latents(2, 3, 4), text="suffix"),
+    "HunyuanVideoFramepackTransformer3DModel": ModelDescriptor(
+        _DOUBLE_AND_SINGLE,
+        _video_and_history,
+        references_position="before",
+        text="suffix",
+        text_tokens=lengths("encoder_hidden_states", "image_embeds"),
+    ),
     "HunyuanVideo15Transformer3DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn",),
         latents(2, 3, 4),

@@ -148,7 +148,8 @@ class Pipeline:
         """
         try:
             found = self._pipe(**arguments)
-            return found if isinstance(found, Tensor) else found[0]
+            found = found if isinstance(found, Tensor) else found[0]
+            return found[0] if isinstance(found, list) and isinstance(found[0], Tensor) else found  # Framepack's frames
         except BaseException as error:
             # Parts that are moved when they are needed go back, as at the end of a generation.
             if hasattr(self._pipe, "maybe_free_model_hooks"):
