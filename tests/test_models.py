@@ -199,6 +199,7 @@ REPEATED = {
     "mochi": "MochiTransformerBlock",
     "sd3": "JointTransformerBlock",
     "framepack": "HunyuanVideoSingleTransformerBlock",
+    "omnigen": "OmniGenBlock",
     "hidream": "HiDreamAttention",  # experts break the graph of a block
     "lumina2": "Lumina2TransformerBlock",
 }

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 from tiny_models import MODELS, TinyModel, random
 from transformers import BatchFeature
 
@@ -518,6 +519,32 @@ def _framepack_arguments():
     return {**hunyuan.arguments(), **sizes, "prompt_attention_mask": mask, "image": image}
 
 
+def _omnigen():
+    transformer = diffusers.OmniGenTransformer2DModel(
+        in_channels=4, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48, num_layers=2,
+        pad_token_id=0, vocab_size=64, pos_embed_max_size=16, time_step_dim=32,
+        rope_scaling={"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1)
+    inspect.getmodule(diffusers.OmniGenPipeline).OmniGenMultiModalProcessor = _Prompts  # which asks for torchvision
+    vae = Sizes(block_out_channels=(4, 4, 4, 4))
+    return _pipeline(diffusers.OmniGenPipeline, transformer, scheduler=scheduler, vae=vae)
+
+
+class _Prompts:
+    """In place of a processor of prompts and images: a prompt is as many tokens as it has words."""
+
+    max_image_size = 1024
+
+    def __init__(self, tokenizer, max_image_size):
+        self.collator = OmniGenCollator(pad_token_id=0, hidden_size=32)
+
+    def __call__(self, prompts, images, height, width, **_):
+        texts = [list(range(1, 1 + len(prompt.split()))) for prompt in (*prompts, "low quality")]
+        asked, negative = ({"input_ids": text, "pixel_values": None, "image_sizes": None} for text in texts)
+        return self.collator([(asked, negative, None, [height, width])])
+
+
 def _qwen_edit():
     qwen = next(model for model in MODELS if model.name == "qwen").build()
     pipe = _pipeline(diffusers.QwenImageEditPlusPipeline, qwen.transformer, vae=qwen.vae)
@@ -823,6 +850,14 @@ FAMILIES = (
         TokenGrid(5, 6, 6, 26, references=((4, 2, 2), (1, 3, 3), (2, 6, 6)), references_position="before"),
         layers=4,
         whole_graph=None,  # text is cut to a length that is known only when it runs
+    ),
+    TinyModel(
+        "omnigen",
+        _omnigen,
+        lambda: {"prompt": "a boat on a lake in winter at dawn", **_IMAGE},
+        TokenGrid(1, 10, 14, 10, "prefix"),
+        layers=2,
+        whole_graph=False,
     ),
     TinyModel("ltx-condition", _ltx_condition, _ltx_condition_arguments, TokenGrid(3, 8, 8, 64, "prefix"), layers=2),
     TinyModel(

@@ -223,21 +223,25 @@ def known_models_table(records: list[dict]) -> list[str]:
 
 def few_steps_table(records: list[dict]) -> list[str]:
     """PSNR by number of steps and shift, and the difference to a plan that was calibrated on 20 steps, if measured."""
+    compared = any(record.get("gain") for record in records)
     rows: dict[tuple, list[str]] = {}
     for record in records:
         cells = rows.setdefault((record["model"], record["steps"], record["shift"]), [])
-        gain = "" if record.get("gain") is None else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}"
-        cells += [f"{record['psnr']:.2f}", gain]
+        gain = "" if not record.get("gain") else f"{record['gain']:+.2f} ± {record['standard_error']:.2f}"
+        cells += [f"{record['psnr']:.2f}", gain][: 1 + compared]
     heads = ["model", "steps", "shift"]
     for density in dict.fromkeys(record["density"] for record in records):
-        heads += [f"PSNR at {density:g} (dB)", "to 20 steps"]
+        heads += [f"PSNR at {density:g} (dB)", "to 20 steps"][: 1 + compared]
     first = records[0]
+    difference = (
+        "Difference to a plan that was calibrated on 20 steps and spends as many blocks on these, with the standard "
+        "error of the paired differences. "
+    )
     return [
         *table(heads, ((model, str(steps), f"{shift:g}", *cells) for (model, steps, shift), cells in rows.items())),
         "",
         f"Without guidance, exact; mean over {first['pairs']} prompt/seed pairs against full attention with as many "
-        "steps; difference to a plan that was calibrated on 20 steps and spends as many blocks on these, with the "
-        f"standard error of the paired differences. {surroundings(first)}.",
+        f"steps. {difference if compared else ''}{surroundings(first)}.",
     ]
 
 

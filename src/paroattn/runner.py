@@ -161,7 +161,7 @@ class LayerRunner:
         self._calibrated = calibrated
         self.device = device
         grid = layer_plan.grid
-        self._visual_tokens = None if grid is None else grid.visual_tokens
+        self.visual_tokens = None if grid is None else grid.visual_tokens
         self._takes_text = grid is not None and grid.text_tokens > 0
         self._backend = backend
         self._operator: PreparedAttention | None = None
@@ -192,7 +192,7 @@ class LayerRunner:
             return Dense(f"there are {tokens} queries and {keys} keys: it is cross-attention")
         if not query.dtype == key.dtype == value.dtype:
             return Dense(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
-        expected = self._visual_tokens
+        expected = self.visual_tokens
         if expected is not None and (tokens < expected or (not self._takes_text and tokens != expected)):
             return Dense(f"there are {tokens} tokens; the plan has {expected}")
         operator = self._operator

@@ -140,7 +140,8 @@ class Attachment:
 
 
 def _shape_of_calls(descriptor: ModelDescriptor) -> CallShape:
-    return CallShape(descriptor.text == "prefix", descriptor.text_asks, descriptor.pair_masks)
+    own = descriptor
+    return CallShape(own.text == "prefix", own.text_asks, own.pair_masks or own.text_masks, own.text_masks)
 
 
 class _Watcher:

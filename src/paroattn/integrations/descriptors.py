@@ -49,6 +49,7 @@ class ModelDescriptor:
         text_tokens: how many there are, from the model's config and the arguments of a forward call.
         text_asks: text tokens are queries, too; False where they are keys only.
         pair_masks: masks are [B, 1 or H, N, N], and their rows are the same for all visual tokens and heads.
+        text_masks: they are added, 0 for what is seen, and have rows of their own for text (causal text of OmniGen).
         timestep_range: the timestep that stands for pure noise: 1000, or 1 for models that are handed a share.
         ascending: timesteps grow while noise falls (Mochi, Z-Image).
         latents_of, timestep_of: find the latents, a tensor or a list, and the timestep among the arguments.
@@ -61,6 +62,7 @@ class ModelDescriptor:
     text_tokens: Callable[[Any, Arguments], int] = lengths("encoder_hidden_states")
     text_asks: bool = True
     pair_masks: bool = False
+    text_masks: bool = False
     timestep_range: float = 1000.0
     ascending: bool = False
     latents_of: Callable[[Arguments], Any] = itemgetter("hidden_states")
@@ -376,6 +378,15 @@ DESCRIPTORS = {
         ascending=True,
         latents_of=itemgetter("x"),
         timestep_of=itemgetter("t"),
+    ),
+    "OmniGenTransformer2DModel": ModelDescriptor(
+        (r"layers\.(\d+)\.self_attn",),
+        latents(2, 3),
+        text="prefix",
+        text_tokens=lambda config, arguments: 1 + lengths("input_ids")(config, arguments),  # a token of time
+        text_masks=True,
+        timestep_range=1.0,
+        ascending=True,
     ),
     "ErnieImageTransformer2DModel": ModelDescriptor(
         (r"layers\.(\d+)\.self_attention",), latents(2, 3), text="suffix", text_tokens=lengths("text_bth")
