@@ -22,6 +22,7 @@ def test_every_known_model_has_a_record():
     lines = (tables.RECORDS / "models.jsonl").read_text().splitlines()
     found = {record["class"]: (record["others"], record["others_ask"]) for record in map(json.loads, lines)}
     assert found == {name: (own.text, own.text_asks) for name, own in DESCRIPTORS.items()}
+    assert f"[{len(found)} transformers]" in (tables.ROOT / "README.md").read_text()
 
 
 def test_a_table_that_was_edited_is_found():
