@@ -522,7 +522,7 @@ def test_list_prints_json(cache, plan):
         "bytes": path.stat().st_size,
         "used": path.stat().st_mtime,
         "model": "WanTransformer3DModel",
-        "grid": dataclasses.asdict(tiny.GRID),
+        "grid": tiny.GRID.as_json(),
         "density": 0.3,
         "precision": "int8",
         "note": "",

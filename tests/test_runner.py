@@ -86,7 +86,7 @@ def test_grids_that_are_not_the_plans_are_refused_with_both_named(plan):
     assert runner.refusal(GRID) is None
     assert runner.refusal(replace(GRID, text_tokens=7)) is None
     assert "this request has grid 6x10x8" in runner.refusal(TokenGrid(6, 10, 8))
-    assert "no single box" in runner.refusal(None)
+    assert "tokens that form no boxes" in runner.refusal(None)
     assert Runner.of_precision(Precision(), plan.model, "cpu").refusal(None) is None
 
 

@@ -198,7 +198,9 @@ def test_dynamic_baselines_are_masked_attention_with_their_masks(pipe, full, nam
 @pytest.mark.parametrize("name", DYNAMIC_BASELINES)
 def test_dynamic_baselines_keep_text(pipe, name, position, monkeypatch):
     grid = TokenGrid(7, 5, 6, 30, position)  # 240 tokens: rows and columns 3 of 4 touch text
-    descriptor = replace(DESCRIPTORS["WanTransformer3DModel"], box=lambda config, arguments: (7, 5, 6), text=position)
+    descriptor = replace(
+        DESCRIPTORS["WanTransformer3DModel"], boxes=lambda config, arguments: ((7, 5, 6),), text=position
+    )
     monkeypatch.setitem(DESCRIPTORS, "WanTransformer3DModel", descriptor)
     calls, orders = record_calls(monkeypatch), orders_for(name, grid)
     with apply_dynamic(pipe, name, 0.75, orders=orders):

@@ -92,7 +92,8 @@ def _facts(entry: CachedPlan) -> tuple[Text, str, str, str]:
 
 def _json(entry: CachedPlan) -> dict[str, object]:
     precision = None if entry.precision is None else str(entry.precision)
-    return {**asdict(entry), "path": str(entry.path), "precision": precision}
+    grid = entry.grid and entry.grid.as_json()
+    return {**asdict(entry), "path": str(entry.path), "grid": grid, "precision": precision}
 
 
 def _minute(seconds: float) -> str:

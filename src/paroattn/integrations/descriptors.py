@@ -134,7 +134,7 @@ def _image_shapes(config: Any, arguments: Arguments) -> Boxes:
 
 
 def _last_image_shape(config: Any, arguments: Arguments) -> Boxes:
-    """Of Qwen-Image 2.1 and Nucleus: what is generated comes last."""
+    """Of Qwen-Image 2.1: what is generated comes last."""
     frames, height, width = arguments["img_shapes"][0][-1]
     return ((frames, height, width),)
 
