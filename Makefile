@@ -17,6 +17,7 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n auto --dist loadscope -k "not compil" -m "not family" \
 		tests/test_apply.py tests/test_models.py \
 		tests/test_schedule.py tests/test_requests.py tests/test_memory.py
+	.venv-oldest/bin/python -m pytest -n auto -k "taking_over or all_blocks" -m family tests/test_models.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

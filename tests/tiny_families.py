@@ -679,6 +679,7 @@ FAMILIES = (
         lambda: {**_IMAGE, "prompt": "{}", "negative_prompt": ""},
         TokenGrid(1, 10, 14, 12, "prefix"),
         layers=4,
+        needs_newest=True,
     ),
     TinyModel(
         "ideogram",
@@ -771,6 +772,7 @@ FAMILIES = (
         ),
         TokenGrid(1, 10, 14, 9, "prefix"),
         layers=2,
+        needs_newest=True,
     ),
     TinyModel(
         "hunyuan-image",

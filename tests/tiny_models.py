@@ -11,7 +11,9 @@ from typing import Any
 
 import diffusers
 import PIL.Image
+import pytest
 import torch
+from packaging.version import Version
 
 import paroattn
 from paroattn import TokenGrid
@@ -23,6 +25,9 @@ def random(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+NEWEST = "0.42"  # the diffusers that has all models
+
+
 @dataclass(frozen=True)
 class TinyModel:
     name: str
@@ -32,14 +37,28 @@ class TinyModel:
     layers: int
     # The unmodified transformer compiles without graph breaks; None: but not with a plan.
     whole_graph: bool | None = True
+    needs_newest: bool = False  # masks of older diffusers hide more than keys there
 
     def pipe(self):
         torch.manual_seed(0)
-        pipe = self.build()
+        is_old = Version(diffusers.__version__) < Version(NEWEST)
+        if is_old and self.needs_newest:
+            pytest.skip("attention stays dense with this diffusers")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # parameters that nobody initialises are NaN then
+        try:
+            pipe = self.build()
+        except (AttributeError, ModuleNotFoundError) as error:
+            if not is_old:
+                raise
+            pytest.skip(f"this diffusers does not have it: {error}")
+        finally:
+            torch.use_deterministic_algorithms(False)
         for transformer in (pipe.transformer, getattr(pipe, "transformer_2", None)):
             if transformer is not None:
                 for parameter in transformer.eval().parameters():
-                    if parameter.ndim > 1:  # large enough that every layer's attention shows in the output
+                    if parameter.isnan().any():
+                        parameter.data.normal_(std=0.2)
+                    elif parameter.ndim > 1:  # large enough that every layer's attention shows in the output
                         parameter.data *= 2
                         if not parameter.any():  # gates that open in training
                             parameter.data.normal_(std=0.2)
