@@ -261,6 +261,19 @@ def test_a_plan_without_references_leaves_a_request_with_an_image_to_the_model()
 
 
 @pytest.mark.family
+def test_without_a_plan_text_with_masks_of_its_own_leaves_attention_to_the_model():
+    model = next(model for model in FAMILIES if model.name == "omnigen")
+    pipe = model.pipe()
+    full = model.latents(pipe)
+    with (
+        paroattn.apply(pipe, precision="int8") as handle,
+        pytest.warns(UserWarning, match="only a plan says which tokens are text"),
+    ):
+        assert torch.equal(model.latents(pipe), full)
+    assert handle.report().planned == 0
+
+
+@pytest.mark.family
 def test_a_plan_is_adapted_to_images_of_other_sizes():
     model = next(model for model in FAMILIES if model.name == "kontext")
     pipe = model.pipe()

@@ -315,13 +315,13 @@ class PlannedLayer:
                 runner = self._handle.runner(known.plan, call.query.device).layers[self._layer]
         if runner is None:
             raise InputError("paroattn was applied to a transformer on the meta device; apply it where it runs")
+        visual = runner.visual_tokens
+        if call.with_text is not None and visual is None:
+            return Dense("text has masks of its own, and only a plan says which tokens are text")
         output = runner(call.query, call.key, call.value, bucket=bucket, key_mask=call.key_mask)
-        text = call.query.shape[1] - (runner.visual_tokens or 0)
-        if call.text_rows is None or not text or not isinstance(output, Tensor):
+        if call.with_text is None or visual is None or isinstance(output, Dense):
             return output
-        rows = call.text_rows(text)
-        text_first = known.runner.grid is not None and known.runner.grid.text_position == "prefix"
-        return torch.cat((rows, output[:, text:]) if text_first else (output[:, :-text], rows), 1)
+        return call.with_text(output, call.query.shape[1] - visual)
 
     def _note(self, reason: str | None) -> None:
         if torch.compiler.is_compiling():

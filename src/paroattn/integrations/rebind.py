@@ -32,8 +32,8 @@ class AttentionCall(NamedTuple):
         key_mask: bool [B, N], False for keys to ignore, or None.
         dense: computes it with the model's own attention, [B, N, H, D].
         refusal: why nothing else can compute it, or None.
-        text_rows: computes the rows of so many text tokens, [B, text, H, D], where they have masks of their own; or
-            None.
+        with_text: puts the rows of so many text tokens, which have masks of their own, into an output; None where they
+            have none.
     """
 
     query: Tensor
@@ -42,7 +42,7 @@ class AttentionCall(NamedTuple):
     key_mask: Tensor | None
     dense: Callable[[], Tensor]
     refusal: str | None
-    text_rows: Callable[[int], Tensor] | None = None
+    with_text: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def attends_to_itself(self) -> bool:
@@ -214,7 +214,7 @@ def _call_of(
     shape: CallShape,
 ) -> AttentionCall:
     """A redirected call as an intercept gets it; tensors [B, N, H, D]."""
-    whole_mask, text_rows = attn_mask, None
+    whole_mask, with_text = attn_mask, None
     if shape.pair_masks and isinstance(attn_mask, Tensor) and attn_mask.shape[-2] == key.shape[1]:
         attn_mask = attn_mask[:, :1, -1 if shape.text_first else 0].unsqueeze(2)
         attn_mask = attn_mask == 0 if shape.text_masks else attn_mask
@@ -224,17 +224,21 @@ def _call_of(
     key_mask = None if refusal or attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[:2])
     query, key, value = _as_autocast(query, key, value)
     if shape.text_masks and key_mask is not None and whole_mask is not None:
-        text_rows = functools.partial(_rows_of_text, query, key, value, whole_mask, shape.text_first)
-    return AttentionCall(query, key, value, key_mask, dense, refusal, text_rows)
+        with_text = functools.partial(_with_text, query, key, value, whole_mask, shape.text_first)
+    return AttentionCall(query, key, value, key_mask, dense, refusal, with_text)
 
 
-def _rows_of_text(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, text_first: bool, text: int) -> Tensor:
-    """The output of so many text tokens, whose rows of a mask [B, 1, N, N] are their own, [B, text, H, D]."""
-    first = 0 if text_first else query.shape[1] - text
+def _with_text(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, text_first: bool, output: Tensor, text: int
+) -> Tensor:
+    """An output whose rows of so many text tokens are computed anew, with their own rows of a mask [B, 1, N, N]."""
+    visual = query.shape[1] - text
+    first = 0 if text_first else visual
     own, keys, values = (x.transpose(1, 2) for x in (query.narrow(1, first, text), key, value))
     grouped = own.shape[1] != keys.shape[1]
-    output = F.scaled_dot_product_attention(own, keys, values, mask.narrow(2, first, text), enable_gqa=grouped)
-    return output.transpose(1, 2)
+    rows = F.scaled_dot_product_attention(own, keys, values, mask.narrow(2, first, text), enable_gqa=grouped)
+    rows, others = rows.transpose(1, 2), output.narrow(1, text if text_first else 0, visual)
+    return torch.cat((rows, others) if text_first else (others, rows), 1)
 
 
 def _refusal_of(attn_mask: Tensor | None, is_causal: bool, key: Tensor) -> str | None:
