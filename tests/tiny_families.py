@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
-from tiny_models import MODELS, TinyModel, random
+from tiny_models import FLUX, HUNYUAN, LTX, MODELS, QWEN, TinyModel, random
 from transformers import BatchFeature
 
 from paroattn import TokenGrid
@@ -467,26 +467,24 @@ def _ideogram():
 
 
 def _kontext():
-    flux = next(model for model in MODELS if model.name == "flux").build()
+    flux = FLUX.build()
     return _pipeline(diffusers.FluxKontextPipeline, flux.transformer, vae=flux.vae)
 
 
 def _kontext_arguments():
     """With an image to edit, as latents."""
-    flux = next(model for model in MODELS if model.name == "flux")
-    return {**flux.arguments(), "image": random(5, 1, 4, 16, 20), "max_area": 20 * 28}
+    return {**FLUX.arguments(), "image": random(5, 1, 4, 16, 20), "max_area": 20 * 28}
 
 
 def _ltx_condition():
-    ltx = next(model for model in MODELS if model.name == "ltx").build()
+    ltx = LTX.build()
     return _pipeline(diffusers.LTXConditionPipeline, ltx.transformer, vae=ltx.vae)
 
 
 def _ltx_condition_arguments():
     """With a key frame that is not the first one: its tokens are joined to those of the video."""
-    ltx = next(model for model in MODELS if model.name == "ltx")
     image = PIL.Image.new("RGB", (32, 32), "teal")
-    return {**ltx.arguments(), "image": [image], "frame_index": [8], "strength": [1.0]}
+    return {**LTX.arguments(), "image": [image], "frame_index": [8], "strength": [1.0]}
 
 
 def _framepack():
@@ -495,7 +493,7 @@ def _framepack():
         num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=16, rope_axes_dim=(4, 4, 8), image_proj_dim=12,
         has_image_proj=True, has_clean_x_embedder=True, image_condition_type="latent_concat",
     )  # fmt: skip
-    hunyuan = next(model for model in MODELS if model.name == "hunyuan").build()
+    hunyuan = HUNYUAN.build()
     parts = {"vae": hunyuan.vae, "image_encoder": _Vision(), "feature_extractor": _Vision().features}
     return _pipeline(diffusers.HunyuanVideoFramepackPipeline, transformer, scheduler=hunyuan.scheduler, **parts)
 
@@ -513,10 +511,9 @@ class _Vision:
 
 
 def _framepack_arguments():
-    hunyuan = next(model for model in MODELS if model.name == "hunyuan")
     image, mask = PIL.Image.new("RGB", (96, 96), "teal"), torch.ones(1, 20, dtype=torch.long)
     sizes = {"num_frames": 17, "latent_window_size": 5}
-    return {**hunyuan.arguments(), **sizes, "prompt_attention_mask": mask, "image": image}
+    return {**HUNYUAN.arguments(), **sizes, "prompt_attention_mask": mask, "image": image}
 
 
 def _omnigen():
@@ -546,15 +543,14 @@ class _Prompts:
 
 
 def _qwen_edit():
-    qwen = next(model for model in MODELS if model.name == "qwen").build()
+    qwen = QWEN.build()
     pipe = _pipeline(diffusers.QwenImageEditPlusPipeline, qwen.transformer, vae=qwen.vae)
     inspect.getmodule(type(pipe)).VAE_IMAGE_SIZE = 64 * 64  # in place of 1024 x 1024 pixels
     return pipe
 
 
 def _qwen_edit_arguments():
-    qwen = next(model for model in MODELS if model.name == "qwen")
-    return {**qwen.arguments(), "image": [PIL.Image.new("RGB", size, "teal") for size in ((32, 32), (64, 32))]}
+    return {**QWEN.arguments(), "image": [PIL.Image.new("RGB", size, "teal") for size in ((32, 32), (64, 32))]}
 
 
 FAMILIES = (

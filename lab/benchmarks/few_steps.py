@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from paroattn_lab.models.bundled import IMAGE, VIDEO, BundledModel, load_bundled
-from paroattn_lab.quality.metrics import compare, standard_error
+from paroattn_lab.quality.metrics import standard_error
+from paroattn_lab.quality.pairs import evaluation_psnr
 from paroattn_lab.records import environment, write_records
 
-import paroattn
 from paroattn.calibration.budget import select_by_cost
 from paroattn.calibration.calibrate import collect_costs
 from paroattn.calibration.cost_statistics import CostStatistics
@@ -54,13 +54,6 @@ def spent_on(costs: CostStatistics, schedule: Sequence[float]) -> CostStatistics
     return replace(costs, usage=(calls / calls.max()).float().unsqueeze(1).expand_as(costs.usage).contiguous())
 
 
-def psnr_of(model: BundledModel, costs: CostStatistics, density: float, references: list[torch.Tensor]) -> list[float]:
-    """PSNR of each evaluation pair with the plan of a density."""
-    with paroattn.apply(model.pipe, select_by_cost(costs, density=density), strict=True):
-        frames = [model.generate(*pair) for pair in model.evaluation_pairs]
-    return [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[VIDEO, IMAGE], help="names of bundled models")
@@ -76,7 +69,8 @@ def main() -> None:
             own = of_twenty if (steps, shift) == CASES[0] else measured(model)
             both = own, spent_on(of_twenty, own.schedule)
             for density in DENSITIES:
-                psnr, others = (psnr_of(model, costs, density, references) for costs in both)
+                plans = (select_by_cost(costs, density=density) for costs in both)
+                psnr, others = (evaluation_psnr(model, plan, references) for plan in plans)
                 gains = [one - other for one, other in zip(psnr, others, strict=True)]
                 record = {
                     "kind": "few steps",

@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 from paroattn.block_mask import block_count, pack_bits, text_blocks, usual_block_q
 from paroattn.grid import TokenGrid
 from paroattn.mask_coding import encode_masks
-from paroattn.order import candidate_orders, token_order
+from paroattn.order import candidate_orders, token_places
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
 
@@ -85,8 +85,7 @@ def structured_masks(grid: TokenGrid, noise: str, seed: int) -> Tensor:
 
 def _block_centres(grid: TokenGrid, order: str) -> Tensor:
     """Mean place of each block's visual tokens, as shares of the grid's sides [blocks, 3]."""
-    visual = token_order(order, grid)[: grid.visual_tokens] - grid.visual_start
-    places = torch.stack(torch.unravel_index(visual, grid.size), 1) / torch.tensor(grid.size)
+    places = token_places(order, grid) / torch.tensor(grid.size)
     block = torch.arange(grid.visual_tokens) // 64
     sums = torch.zeros(block_count(grid.tokens, 64), 3).index_add_(0, block, places)
     return sums / block.bincount(minlength=len(sums)).clamp(min=1).unsqueeze(1)

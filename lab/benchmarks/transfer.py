@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from paroattn_lab.models.bundled import IMAGE, VIDEO, BundledModel, load_bundled
-from paroattn_lab.quality.metrics import compare, standard_error
+from paroattn_lab.quality.metrics import standard_error
+from paroattn_lab.quality.pairs import evaluation_psnr
 from paroattn_lab.records import environment, write_records
 
 import paroattn
@@ -79,9 +80,7 @@ def main() -> None:
         references = [model.generate(*pair) for pair in model.evaluation_pairs]
         made, psnr = list(plans(model, arguments.density, device)), {}
         for way, plan, _ in made:
-            with paroattn.apply(model.pipe, plan, strict=True):
-                frames = [model.generate(*pair) for pair in model.evaluation_pairs]
-            psnr[way] = [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
+            psnr[way] = evaluation_psnr(model, plan, references)
         least, most = (statistics.fmean(psnr[way]) for way in ("positions alone", "calibrated"))
         for way, plan, seconds in made:
             found, gains = statistics.fmean(psnr[way]), None

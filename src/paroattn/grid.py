@@ -11,6 +11,8 @@ from paroattn.errors import InputError
 
 Box = tuple[int, int, int]
 """Frames, height and width in tokens."""
+Boxes = tuple[Box, ...]
+"""Of visual tokens: what is generated first, then what it refers to."""
 MOST_REFERENCES = 16
 
 
@@ -35,7 +37,7 @@ class TokenGrid:
     width: int
     text_tokens: int = 0
     text_position: Literal["prefix", "suffix"] = "suffix"
-    references: tuple[Box, ...] = ()
+    references: Boxes = ()
     references_position: Literal["before", "after"] = "after"
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class TokenGrid:
         return self.frames, self.height, self.width
 
     @property
-    def boxes(self) -> tuple[Box, ...]:
+    def boxes(self) -> Boxes:
         """All boxes of visual tokens, the first one first: what plans are for, whatever the number of text tokens."""
         return (self.size, *self.references)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from paroattn_lab.models.bundled import VIDEO, VIDEO_LARGE, BundledModel, load_bundled
-from paroattn_lab.quality.metrics import compare, standard_error
+from paroattn_lab.quality.metrics import standard_error
+from paroattn_lab.quality.pairs import evaluation_psnr
 from paroattn_lab.records import environment, write_records
 
 import paroattn
@@ -79,9 +80,7 @@ def main() -> None:
         thorough: dict[float, list[float]] = {}
         for way, seconds, plan_of in ways(model, device):
             for density in DENSITIES:
-                with paroattn.apply(model.pipe, plan_of(density), strict=True):
-                    made = [model.generate(*pair) for pair in model.evaluation_pairs]
-                found = [compare(one, other).psnr for one, other in zip(made, references, strict=True)]
+                found = evaluation_psnr(model, plan_of(density), references)
                 thorough.setdefault(density, found)
                 gains = [own - whole for own, whole in zip(found, thorough[density], strict=True)]
                 record = {

@@ -29,6 +29,13 @@ KEPT_VIDEOS = 8
 """Videos of the first pairs are kept in memory for the report."""
 
 
+def evaluation_psnr(model: GenerativeModel, plan: Plan, references: Sequence[Tensor]) -> list[float]:
+    """PSNR of each of a model's evaluation pairs with a plan, against the frames that full attention made of them."""
+    with apply(model.pipe, plan, strict=True):
+        frames = [model.generate(*pair) for pair in model.evaluation_pairs]
+    return [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
+
+
 @dataclass(frozen=True)
 class Variant:
     """Attention to be compared with full attention.

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from paroattn.calibration.calibrate import check_precision
 from paroattn.calibration.observation import Observation
 from paroattn.errors import InputError, PlanError
-from paroattn.grid import Box
+from paroattn.grid import Boxes
 from paroattn.integrations.apply import Handle, Observer, Report
 from paroattn.integrations.apply import apply as apply_plan
 from paroattn.integrations.attach import Forward
@@ -132,7 +132,7 @@ class SelfCalibratingHandle(Handle):
         self._memory_gb = memory_gb
         self._progress = progress
         self._pipeline = pipeline
-        self._plans: dict[tuple[Box, ...], Plan | Dense] = {}
+        self._plans: dict[Boxes, Plan | Dense] = {}
         self._states: dict[str, str] = {}
         self._observed: _ObservedRequest | None = None
         self._observation: Observation | None = None  # of the last size, as long as more requests can add to it

@@ -105,10 +105,10 @@ def measure_effects(
 def _tell_of_lost(called: Tensor, known: Tensor, pipeline: Pipeline) -> None:
     """Warn of layers whose gradients are not finite in some bucket, bool [buckets, layers]; raise if in all."""
     lost = called & ~known
-    if bool((called.any(0) & ~known.any(0)).any()):
-        layer = int((called.any(0) & ~known.any(0)).int().argmax())
+    never_known = (called.any(0) & ~known.any(0)).nonzero().flatten().tolist()
+    if never_known:
         raise InputError(
-            f"gradients of layer {layer} in {pipeline.place[1]} are not finite; calibrate with "
+            f"gradients of layer {never_known[0]} in {pipeline.place[1]} are not finite; calibrate with "
             "the pipeline in float32 or bfloat16"
         )
     if bool(lost.any()):

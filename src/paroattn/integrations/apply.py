@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paroattn.errors import InputError, PlanError
-from paroattn.grid import Box, TokenGrid
+from paroattn.grid import Boxes, TokenGrid
 from paroattn.integrations.attach import Attachment, Forward
 from paroattn.integrations.descriptors import describe
 from paroattn.integrations.pipeline import Pipeline
@@ -97,7 +97,7 @@ class Handle:
     ):
         self.plan = plan
         self._other_sizes = other_sizes
-        self._adapted: dict[tuple[Box, ...], Plan] = {}
+        self._adapted: dict[Boxes, Plan] = {}
         self._identity = pipeline.identity
         self._precision = precision
         self._backend = backend

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paroattn.errors import InputError
-from paroattn.grid import MOST_REFERENCES, Box, TokenGrid
-
-Boxes = tuple[Box, ...]
-"""Of visual tokens: what is generated first, then what it refers to."""
+from paroattn.grid import MOST_REFERENCES, Box, Boxes, TokenGrid
 
 Arguments = Mapping[str, Any]
 """Arguments of a forward call of a transformer, by name."""
@@ -46,7 +43,8 @@ class ModelDescriptor:
         references_position: whether the boxes after the first stand "after" or "before" it.
         text: whether text tokens, and what else is not of the box, stand before ("prefix") or after ("suffix") the
             visual ones in self-attention, or None if they take no part in it.
-        text_tokens: how many there are, from the model's config and the arguments of a forward call.
+        text_tokens: how many there are, from the model's config and the arguments of a forward call; None where that is
+            what `hidden_states` [B, N, C] has beside the boxes.
         text_asks: text tokens are queries, too; False where they are keys only.
         pair_masks: masks are [B, 1 or H, N, N], and their rows are the same for all visual tokens and heads.
         text_masks: they are added, 0 for what is seen, and have rows of their own for text (causal text of OmniGen).
@@ -59,7 +57,7 @@ class ModelDescriptor:
     boxes: Callable[[Any, Arguments], Boxes | None]
     references_position: Literal["before", "after"] = "after"
     text: Literal["prefix", "suffix"] | None = None
-    text_tokens: Callable[[Any, Arguments], int] = lengths("encoder_hidden_states")
+    text_tokens: Callable[[Any, Arguments], int] | None = lengths("encoder_hidden_states")
     text_asks: bool = True
     pair_masks: bool = False
     text_masks: bool = False
@@ -76,7 +74,11 @@ class ModelDescriptor:
         grid = TokenGrid(*boxes[0], references=boxes[1:], references_position=self.references_position)
         if self.text is None:
             return grid
-        return replace(grid, text_tokens=self.text_tokens(config, arguments), text_position=self.text)
+        if self.text_tokens is None:
+            text_tokens = arguments["hidden_states"].shape[1] - grid.visual_tokens
+        else:
+            text_tokens = self.text_tokens(config, arguments)
+        return replace(grid, text_tokens=text_tokens, text_position=self.text)
 
     def level(self, timestep: Tensor | float) -> Tensor:
         """The noise level of a forward call, a 0-dim float32 tensor where the timestep is: 1 is pure noise.
@@ -120,12 +122,6 @@ def _ltx_video(config: Any, arguments: Arguments) -> Boxes | None:
     starts = [0, *((frame[1:] <= frame[:-1]).nonzero().flatten() + 1).tolist()]
     box = _box_of_positions(ids[starts[-1] * in_frame :])
     return None if box is None else (box,)
-
-
-def _ltx_conditions(config: Any, arguments: Arguments) -> int:
-    """Of LTX: tokens of conditions, such as key frames, that were joined to those of the video."""
-    video = _ltx_video(config, arguments)
-    return int(arguments["hidden_states"].shape[1]) - (math.prod(video[0]) if video else 0)
 
 
 def _image_shapes(config: Any, arguments: Arguments) -> Boxes:
@@ -247,7 +243,7 @@ _DOUBLE_AND_SINGLE = (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_b
 _WAN = ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4))
 _FLUX = ModelDescriptor(_DOUBLE_AND_SINGLE, _position_ids, text="prefix", timestep_range=1.0)
 _COGVIDEOX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix")
-_LTX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _ltx_video, text="prefix", text_tokens=_ltx_conditions)
+_LTX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _ltx_video, text="prefix", text_tokens=None)
 _COGVIEW = replace(_COGVIDEOX, boxes=latents(2, 3))
 
 DESCRIPTORS = {
