@@ -46,7 +46,7 @@ def test_the_cuda_kernel_compiles_without_spills_for_so_many_programs_as_it_says
     # A program takes 1 KB of shared memory more than it asks for.
     assert (report.shared + 1024) * hopper.PROGRAMS[width] <= SHARED_MEMORY["sm90"]
     # Triton's loop takes 9.4 and 8.7 with D 64, 10.8 and 11.8 with D 128; both ways to copy a step are counted here.
-    assert report.per_score < {"int8": {64: 8.6, 128: 9.8}, "fp8": {64: 7.2, 128: 8.8}}[pv][width]
+    assert report.per_score < {"int8": {64: 8.5, 128: 9.6}, "fp8": {64: 7.2, 128: 8.6}}[pv][width]
 
 
 def test_faults_are_found():

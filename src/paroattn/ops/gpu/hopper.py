@@ -72,7 +72,7 @@ class Layout:
     Attributes:
         columns: of the values: the channels and, for fp8 with head_dim 64, eight of ones.
         values, scale: where they start in a record; record: from one to the next, in whole cache lines.
-        queries, bias, barriers: places in shared memory after the stages of two records; bias is for two blocks.
+        queries, bias, barriers: places in shared memory after the stages, of two blocks each; bias is for two blocks.
         shared: how much of it a program takes.
     """
 
@@ -93,7 +93,7 @@ def layout(width: int, pv: str) -> Layout:
     values = BLOCK * width
     scale = values + BLOCK * columns
     record = scale + 128
-    queries = STAGES * 2 * record
+    queries = -(-STAGES * 2 * (scale + 16) // 128) * 128
     bias = queries + BLOCK * width
     barriers = bias + 4 * 2 * BLOCK
     return Layout(columns, values, scale, record, queries, bias, barriers, barriers + 8 * (STAGES + 1))

@@ -23,7 +23,8 @@ typedef unsigned char u8;
 #define ONES (COLUMNS > D)
 
 constexpr int BLOCK = 64, BLOCK_BYTES = BLOCK * D;       // of packed queries, keys or values
-constexpr int STAGE = 2 * RECORD;                        // what a step reads
+constexpr int REST = SCALE + 16 - VALUES;                // values and scale of a block
+constexpr int STAGE = 2 * (BLOCK_BYTES + REST);          // what a step reads: keys of two blocks, then the rest of each
 constexpr int OUT_STRIDE = 2 * D + 16;                   // bytes of a row on its way out
 
 static_assert(D == 64 || D == 128, "D has to be 64 or 128");
@@ -113,16 +114,14 @@ __device__ __forceinline__ void matrix_commit() { asm volatile("wgmma.commit_gro
 #define NAMES_64 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// s [64 x 64] = q [64 x 32] k^T (+ s)
-__device__ __forceinline__ void multiply_qk(int (&s)[32], u64 q, u64 k, int add) {
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" NAMES_32 "}, %32, %33, add;\n}"
-                 : R32(INTS, s, 0) : "l"(q), "l"(k), "r"(add));
+// s [64 x 128] = q [64 x 32] k^T (+ s)
+__device__ __forceinline__ void multiply_qk(int (&s)[64], u64 q, u64 k, int add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NAMES_64 "}, %64, %65, add;\n}"
+                 : R32(INTS, s, 0), R32(INTS, s, 32) : "l"(q), "l"(k), "r"(add));
 }
-// Wait until at most so many groups of products are under way, s not among them.
-template <int PENDING>
-__device__ __forceinline__ void wait_for(int (&s)[32]) {
-    asm volatile("wgmma.wait_group.sync.aligned %32;" : R32(INTS, s, 0) : "n"(PENDING) : "memory");
+__device__ __forceinline__ void wait_for_qk(int (&s)[64]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : R32(INTS, s, 0), R32(INTS, s, 32) : : "memory");
 }
 // o [64 x COLUMNS] = p [64 x 32] v (+ o)
 #if PV_FP8
@@ -131,8 +130,6 @@ typedef float Product;
 #define PV_END ", 1, 1;\n}"
 #if ONES
 #define O_ALL R32(FLOATS, o, 0), R4(FLOATS, o, 32)
-#elif D == 64
-#define O_ALL R32(FLOATS, o, 0)
 #else
 #define O_ALL R32(FLOATS, o, 0), R32(FLOATS, o, 32)
 #endif
@@ -159,7 +156,7 @@ __device__ __forceinline__ void multiply_pv(Product (&o)[COLUMNS / 2], const u32
     PV_STATEMENT(128, NAMES_64, "%64, %65, %66, %67", "%68", "%69");
 #endif
 }
-__device__ __forceinline__ void wait_for(Product (&o)[COLUMNS / 2]) {
+__device__ __forceinline__ void wait_for_pv(Product (&o)[COLUMNS / 2]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : O_ALL : : "memory");
 }
 
@@ -204,93 +201,84 @@ __device__ __forceinline__ float next_unit(Rows &rows, int r, float step_maximum
     return weight;
 }
 
-// The largest of a thread's products in row r.
-__device__ __forceinline__ float largest(const int (&s)[32], int r) {
-    int found = max(s[2 * r], s[2 * r + 1]);
+// The largest of a thread's products in row r of a block.
+__device__ __forceinline__ float largest(const int (&s)[64], int block, int r) {
+    int found = max(s[32 * block + 2 * r], s[32 * block + 2 * r + 1]);
 #pragma unroll
-    for (int j = 1; j < 8; j++) found = max(max(found, s[4 * j + 2 * r]), s[4 * j + 2 * r + 1]);
+    for (int j = 1; j < 8; j++)
+        found = max(max(found, s[32 * block + 4 * j + 2 * r]), s[32 * block + 4 * j + 2 * r + 1]);
     return (float)found;
 }
 
 // P of a block from its products s, or with MASKED from logits, whose bits they are then: the left operand of PV. What
-// its rows sum up to is added to sums.
+// its rows sum up to is added to their totals.
 template <bool MASKED>
-__device__ __forceinline__ void exponentials(const int (&s)[32], float factor, const float (&shift)[2],
-                                             u32 (&operand)[8], float (&sums)[2]) {
+__device__ __forceinline__ void exponentials(const int (&s)[64], int block, float factor, u32 (&operand)[8],
+                                             Rows &rows) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         // Register i: four of 16 columns, i / 2, of row i % 2.
         const int r = i % 2;
+        const float shift = rows.unit[r] - P_EXPONENT;
         float p[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int x = s[i / 2 * 8 + j / 2 * 4 + 2 * r + j % 2];
-            p[j] = exp2_fast(MASKED ? __int_as_float(x) - shift[r] : fmaf((float)x, factor, -shift[r]));
+            const int x = s[32 * block + i / 2 * 8 + j / 2 * 4 + 2 * r + j % 2];
+            p[j] = exp2_fast(MASKED ? __int_as_float(x) - shift : fmaf((float)x, factor, -shift));
         }
         operand[i] = pack(p[0], p[1], p[2], p[3]);
-        if (!ONES) sums[r] += (p[0] + p[1]) + (p[2] + p[3]);
+        if (!ONES) rows.total[r] += (p[0] + p[1]) + (p[2] + p[3]);
     }
 }
 
 // Attend the two blocks of a stage, whose products QK^T are under way to s. With MASKED, bias is added to the logits,
 // and the values are scaled; blocks is how many there are. `meanwhile` runs while the product PV is under way.
 template <bool MASKED, typename Meanwhile>
-__device__ __forceinline__ void attend(Rows &rows, int (&s)[2][32], float q_factor, u32 stage, const float *bias,
+__device__ __forceinline__ void attend(Rows &rows, int (&s)[64], float q_factor, u32 stage, const float *bias,
                                        int blocks, float v_scale, Meanwhile meanwhile) {
-    float scale[2], factor[2], weight[2], shift[2];
+    float factor[2], weight[2], highest[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale[i]) : "r"(stage + i * RECORD + SCALE));
-        if (MASKED && i >= blocks) scale[i] = 0;
-        factor[i] = q_factor * scale[i];
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(factor[i]) : "r"(stage + 2 * BLOCK_BYTES + (i + 1) * REST - 16));
+        factor[i] = MASKED && i >= blocks ? 0 : factor[i] * q_factor;
     }
+    wait_for_qk(s);
     if (MASKED) {
-        wait_for<0>(s[0]);
-        wait_for<0>(s[1]);
         bias += 2 * (threadIdx.x % 4);
-        float highest[2] = {MINUS_INFINITY, MINUS_INFINITY};
+        highest[0] = highest[1] = MINUS_INFINITY;
 #pragma unroll
         for (int i = 0; i < 64; i++) {
-            const float x = fmaf((float)s[i / 32][i % 32], factor[i / 32], bias[i / 4 * 8 + i % 2]);
-            s[i / 32][i % 32] = __float_as_int(x);
+            const float x = fmaf((float)s[i], factor[i / 32], bias[i / 4 * 8 + i % 2]);
+            s[i] = __float_as_int(x);
             highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], x);
         }
-#pragma unroll
-        for (int r = 0; r < 2; r++) weight[r] = next_unit(rows, r, largest_of_quad(highest[r]));
     } else {
         // Factors are above zero: the largest product of a block is the largest logit.
-        wait_for<1>(s[0]);
-        float highest[2];
 #pragma unroll
-        for (int r = 0; r < 2; r++) highest[r] = largest(s[0], r) * scale[0];
-        wait_for<0>(s[1]);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            highest[r] = fmaxf(highest[r], largest(s[1], r) * scale[1]);
-            weight[r] = next_unit(rows, r, largest_of_quad(highest[r]) * q_factor);
-        }
+        for (int r = 0; r < 2; r++) highest[r] = fmaxf(largest(s, 0, r) * factor[0], largest(s, 1, r) * factor[1]);
     }
 #pragma unroll
-    for (int r = 0; r < 2; r++) shift[r] = rows.unit[r] - P_EXPONENT, rows.total[r] *= weight[r];
+    for (int r = 0; r < 2; r++) {
+        weight[r] = next_unit(rows, r, largest_of_quad(highest[r]));
+        rows.total[r] *= weight[r];
+    }
 
-    Product product[COLUMNS / 2];
     u32 operand[2][8];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (MASKED && i >= blocks) break;
-        exponentials<MASKED>(s[i], factor[i], shift, operand[i], rows.total);
-    }
+    for (int i = 0; i < 2; i++) exponentials<MASKED>(s, i, factor[i], operand[i], rows);
+    Product product[COLUMNS / 2];
+    matrix_fence();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        if (MASKED && i >= blocks) break;
-        const u64 values = descriptor(stage + i * RECORD + VALUES, 16 * COLUMNS, 128);
-        matrix_fence();
+        // Without a second block, what is there is no number perhaps; P is 0.
+        const int block = MASKED && i >= blocks ? 0 : i;
+        const u64 values = descriptor(stage + 2 * BLOCK_BYTES + block * REST, 16 * COLUMNS, 128);
         multiply_pv(product, operand[i], values, i > 0);
         multiply_pv(product, operand[i] + 4, values + (2 * 16 * COLUMNS >> 4), 1);
-        matrix_commit();
     }
+    matrix_commit();
     meanwhile();
-    wait_for(product);
+    wait_for_pv(product);
 #pragma unroll
     for (int i = 0; i < D / 2; i++)
         rows.acc[i] = fmaf(rows.acc[i], weight[i / 2 % 2], MASKED ? (float)product[i] * v_scale : (float)product[i]);
@@ -328,8 +316,8 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
     // Each warp copies a quarter of a step, so that none is late: of one of the two blocks the keys, or the values and
     // the scale. Where from is worked out a step ahead, and the block's number read two steps ahead; beyond the list
     // neither is used.
-    const int own = warp / 2, half = warp % 2, bytes = half ? SCALE + 16 - VALUES : BLOCK_BYTES;
-    const u32 target = base + own * RECORD + half * VALUES;
+    const int own = warp / 2, half = warp % 2, bytes = half ? REST : BLOCK_BYTES;
+    const u32 target = base + (half ? 2 * BLOCK_BYTES + own * REST : own * BLOCK_BYTES);
     const int *ahead = indices + own;
     int next = *ahead;
     const u8 *from;
@@ -386,17 +374,13 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
 
     int stage = 0, before = STAGES - 1;
     u32 turn = 0;  // how often all stages were used
-    auto multiply = [&](int step, int (&s)[2][32]) {
+    auto multiply = [&](int step, int (&s)[64]) {
         barrier_wait(full + 8 * stage, turn & 1);
         matrix_fence();
+        const u64 keys = descriptor(base + stage * STAGE, 128, 8 * D);
 #pragma unroll
-        for (int block = 0; block < 2; block++) {
-            const u64 keys = descriptor(base + stage * STAGE + block * RECORD, 128, 8 * D);
-#pragma unroll
-            for (int i = 0; i < D / 32; i++)
-                multiply_qk(s[block], queries + i * (256 >> 4), keys + i * (256 >> 4), i > 0);
-            matrix_commit();
-        }
+        for (int i = 0; i < D / 32; i++) multiply_qk(s, queries + i * (256 >> 4), keys + i * (256 >> 4), i > 0);
+        matrix_commit();
         // Meanwhile the stage of the step before is filled again, once all warps are through with it.
         if (step + STAGES - 1 < steps) {
             __syncthreads();
@@ -408,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
         if (++stage == STAGES) stage = 0, turn++;
     };
     for (int step = 0; step < plain_steps; step++) {
-        int s[2][32];
+        int s[64];
         multiply(step, s);
         attend<false>(rows, s, q_factor, base + stage * STAGE, bias, 2, 1, look_ahead);
         finish();
@@ -430,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
         __syncthreads();
         bias[thread] = added;
         __syncthreads();
-        int s[2][32];
+        int s[64];
         multiply(step, s);
         const int blocks = mean < 0 && 2 * step + 1 < count ? 2 : 1;
         attend<true>(rows, s, q_factor, base + stage * STAGE, bias, blocks, v_scale, look_ahead);
