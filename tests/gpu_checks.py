@@ -17,7 +17,7 @@ import torch
 from attention_inputs import exact_attention, over_nan
 from torch import Tensor
 
-from paroattn import BlockMask, Precision
+from paroattn import BlockMask, LayerPlan, Precision, prepare
 from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration import gpu as calibration
 from paroattn.calibration import statistics
@@ -125,6 +125,7 @@ def check(variant: Variant) -> dict[str, Any]:
     from paroattn.ops.gpu import launch, pack
 
     inputs = inputs_of(variant)
+    launch.recordings.clear()  # a variant is of the same kind with either forward
     triton_only = mock.patch.object(hopper, "takes", return_value=False)
     with triton_only if variant.kernel == "triton" else contextlib.nullcontext():
         written = over_nan(lambda output, lse, _: launch.run(output, lse, pack.Call(inputs)), inputs)
@@ -157,6 +158,8 @@ def checks() -> list[Check]:
     found = [Check(f"rotary {pairs}", partial(_rotary_error, pairs), 2**-6) for pairs in ("interleaved", "halves")]
     found += [Check(f"mixed formats, {name}", partial(_mixed_error, head), 0.0) for head, name in enumerate(_MIXED)]
     found.append(Check("torch.compile", _compiled_error, 2**-8))
+    found += [Check(f"tables, {name}", partial(_table_error, name), 0.0) for name in ("int8/fp8", "int8", "exact")]
+    found += [Check(f"called again, {name}", partial(_prepared_error, name), 0.0) for name in ("int8/fp8", "exact")]
     for head_dim, block_q in ((64, 64), (64, 128), (128, 64), (256, 64)):
         found.append(Check(f"block sums, D {head_dim}", partial(_block_sums_error, head_dim), 1e-4))
         for part in ("costs", "errors"):
@@ -194,6 +197,54 @@ def _compiled_error() -> float:
 
     tensors = (inputs.query, inputs.key, inputs.value)
     return oracles.relative_error(torch.compile(call, fullgraph=True)(*tensors), call(*tensors))
+
+
+def _table_error(precision: str) -> float:
+    """Of calls that look up orders, masks and flags in tables, one after the other in two step buckets."""
+    inputs = inputs_of(Variant(precision, 64, 64, torch.bfloat16, heads=3))
+    permutation, masks = inputs.permutation, inputs.block_mask
+    assert permutation is not None
+    assert masks is not None
+    error = 0.0
+    for bucket in (0, 1):
+        tables = replace(
+            inputs,
+            permutation=permutation[:2].int(),
+            order_index=torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE),
+            block_mask=BlockMask(masks.bits.flip(0).contiguous(), masks.tokens, masks.block_q, masks.block_kv),
+            mask_index=torch.tensor([[0, 2, 1], [2, 0, 0]], dtype=torch.int32, device=DEVICE),
+            compensate=torch.tensor([[True, False, True], [False, True, True]], device=DEVICE),
+            bucket=torch.tensor([bucket], device=DEVICE),
+        )
+        error = max(error, float((backend.attend(tables)[0] - backend.attend(tables.looked_up())[0]).abs().max()))
+    return error
+
+
+def _prepared_error(precision: str) -> float:
+    """Of an operator that is called again with other tensors, buckets and key masks."""
+    inputs = inputs_of(Variant(precision, 64, 64, torch.bfloat16, heads=3, batch=1))
+    permutation, masks = inputs.permutation, inputs.block_mask
+    assert permutation is not None
+    assert masks is not None
+    layer = LayerPlan(
+        inputs.precisions,
+        permutation[:2].int(),
+        torch.tensor([1, 0, 1], dtype=torch.int32),
+        masks.bits,
+        torch.tensor([[0, 2, 1], [2, 0, 0]], dtype=torch.int32),
+        torch.tensor([[True, False, True], [False, True, True]]),
+        tokens=masks.tokens,
+    )
+    operator = prepare(layer, device=DEVICE, dtype=torch.bfloat16, tensor_layout="NHD", scale=inputs.scale)
+    error = 0.0
+    for number in range(6):
+        changed = [x.roll(number, 2).transpose(1, 2).contiguous() for x in (inputs.query, inputs.key, inputs.value)]
+        bucket = torch.tensor(number % 2, device=DEVICE)
+        shown = None if number < 3 else torch.arange(masks.tokens, device=DEVICE)[None] % 7 != number
+        found = operator(*changed, bucket=bucket, key_mask=shown)
+        expected = operator(*changed, bucket=bucket.int(), key_mask=shown)  # which is worked out anew
+        error = max(error, float((found - expected).abs().max()))
+    return error
 
 
 _TOKENS = 1000  # the reference then looks at all rows at once, as the kernels do

@@ -27,6 +27,20 @@ def test_what_does_not_compile_says_why(monkeypatch):
         hopper.compiled(80, "int8", torch.bfloat16)
 
 
+@compiles
+def test_what_was_compiled_is_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = hopper.compiled.__wrapped__(64, "fp8", torch.bfloat16)
+
+    def compile_again(*_):
+        raise AssertionError("it is on disk")
+
+    monkeypatch.setattr(hopper, "_compile", compile_again)
+    assert hopper.compiled.__wrapped__(64, "fp8", torch.bfloat16) == code
+    with pytest.raises(AssertionError, match="on disk"):
+        hopper.compiled.__wrapped__(64, "int8", torch.bfloat16)
+
+
 def test_arguments_are_those_of_the_kernel():
     """The structure that Python fills has the fields of the one that the kernel reads, in its order."""
     declared = re.search(r"struct Arguments \{(.*?)\};", SOURCE.read_text(), re.S)[1]
@@ -35,7 +49,7 @@ def test_arguments_are_those_of_the_kernel():
     for line in declared.strip().splitlines():
         kind, names = re.match(r"\s*(?:const )?(u8|int|float|long long) (.*);", line).groups()
         found += [(x.strip("* "), ctypes.c_void_p if "*" in x else size[kind]) for x in names.split(",")]
-    assert found == hopper._Arguments._fields_
+    assert found == hopper.Arguments._fields_
 
 
 @compiles

@@ -10,6 +10,7 @@ from suite_settings import CPU_CAPABILITIES
 
 import paroattn
 from paroattn.block_mask import pack_bits
+from paroattn.ops import prepared, reference
 from paroattn.plan import LayerPlan
 from paroattn.quantize import Precision
 
@@ -139,3 +140,38 @@ def test_a_prepared_layer_is_one_graph_for_all_steps():
     with torch.compiler.set_stance("fail_on_recompile"):
         for bucket in torch.arange(2):
             assert torch.equal(compiled(query, key, value, bucket=bucket), op(query, key, value, bucket=bucket))
+
+
+def test_a_second_call_of_a_kind_is_repeated_and_another_kind_is_not(monkeypatch):
+    repeated, attend = [], reference.attend
+
+    def repeater(inputs):
+        def repeat(query, key, value, bucket, key_mask, *tables):
+            repeated.append((query.shape[0], int(bucket), [x.shape for x in tables]))
+            return None if len(repeated) == 2 else torch.full_like(query, 7)
+
+        return repeat
+
+    monkeypatch.setattr(prepared, "_repeats", {})
+    monkeypatch.setattr(reference, "repeater", repeater)
+    monkeypatch.setattr(reference, "attend", lambda inputs: attend(inputs.looked_up()))
+    layer = replace(LAYER, order_index=torch.arange(HEADS))
+    op = paroattn.prepare(layer, device="cpu", dtype=torch.float32, backend="reference")
+    tensors, more = inputs(TOKENS, heads=HEADS), inputs(TOKENS, heads=HEADS, batch=2)
+    first = op(*tensors, bucket=torch.tensor(0))
+    assert (op(*tensors, bucket=torch.tensor(1)) == 7).all()
+    assert torch.equal(op(*tensors, bucket=torch.tensor(0)), first)  # what cannot be repeated is done anew
+    op(*more, bucket=torch.tensor(0))
+    assert (op(*more, bucket=torch.tensor(0)) == 7).all()
+    tables = [x.shape for x in (ORDERS, layer.order_index, LAYER.mask_table, LAYER.mask_index, LAYER.compensate)]
+    assert repeated == [(1, 1, tables), (1, 0, tables), (2, 0, tables)]
+
+
+def test_indices_that_are_parts_of_larger_ones_start_where_kernels_expect_them():
+    """GPU kernels are compiled for pointers to 16 bytes; a layer's index is a part of all layers'."""
+    every = torch.zeros(4, HEADS, dtype=torch.int32), torch.zeros(2, 4, HEADS, dtype=torch.int32)
+    assert every[0][1].data_ptr() % 16
+    for number in range(4):
+        layer = replace(LAYER, order_index=every[0][number], mask_index=every[1][:, number])
+        op = paroattn.prepare(layer, device="cpu", dtype=torch.float32)
+        assert [x.data_ptr() % 16 for x in (op._order_index, op._mask_index, op._orders, op._mask_table)] == [0] * 4

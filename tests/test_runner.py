@@ -12,6 +12,7 @@ from plan_files import masks_of
 from paroattn.block_mask import block_count, unpack_bits
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
+from paroattn.ops import PreparedAttention
 from paroattn.plan import Plan
 from paroattn.quantize import Precision
 from paroattn.runner import Dense, Runner, part_of
@@ -140,3 +141,24 @@ def test_a_part_is_a_plan_of_its_own(plan, tmp_path):
     part.save(tmp_path / "part")
     assert torch.equal(masks_of(Plan.load(tmp_path / "part")), masks_of(plan)[:, 1:, 1:])
     assert part_of(plan) is plan
+
+
+def test_kernels_are_built_once_for_each_kind_of_layer(plan, monkeypatch):
+    """The operator of one layer attends; without kernels to build, or without memory, nothing happens."""
+    attended = []
+
+    def attend(operator, *tensors, bucket, key_mask=None):
+        attended.append((tensors[0].shape, tensors[0].dtype, int(bucket)))
+
+    monkeypatch.setattr(PreparedAttention, "__call__", attend)
+    Runner(plan, "cpu").build(GRID.tokens, 24, torch.float32)
+    assert not attended
+    monkeypatch.setattr(PreparedAttention, "backend", property(lambda _: "triton", lambda *_: None), raising=False)
+    Runner(plan, "cpu").build(GRID.tokens, 24, torch.float32)
+    assert attended == [((1, GRID.tokens, 2, 24), torch.float32, 0)]
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PreparedAttention, "__call__", out_of_memory)
+    Runner(plan, "cpu").build(GRID.tokens, 24, torch.float32)

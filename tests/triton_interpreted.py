@@ -422,4 +422,4 @@ def test_lists_can_be_read_on_where_they_end():
     steps = (66 + 1) // 2 + call.mean_blocks
     assert lists.indices.numel() > 65 * 66 + 2 * (steps + hopper.STAGES) + 1
     assert torch.equal(lists.indices[: 66 * 66].view(66, 66), torch.arange(66).int().expand(66, 66))
-    assert pack.all_blocks(call).numel() > 2 * ((66 + 1) // 2 + hopper.STAGES) + 1
+    assert pack.all_blocks(66, call.query.device).numel() > 2 * ((66 + 1) // 2 + hopper.STAGES) + 1

@@ -201,3 +201,23 @@ def _subject(variant: str) -> str:
     tokens = int(re.search(r" N +([\d,]+)", variant)[1].replace(",", ""))
     kernel = ", Triton's" if variant.endswith("triton") else ""
     return f"forward, {match[1]}{kernel}, {'lengths of models' if tokens > 10_000 else 'short'}"
+
+
+def host_table(records: list[dict]) -> list[str]:
+    """Microseconds of the CPU per planned call, and milliseconds of calls in a row, by whether launches are kept."""
+    rows = []
+    for record in records:
+        precision = record["precision"] + (", compensated" if record["compensate"] else "")
+        work = f"{record['heads']} x {record['tokens']:,} x {record['head_dim']}"
+        times = (f"{record['host_us']:.0f}", *(f"{record[name]:.3f}" for name in ("ms", "graph_ms", "sdpa_ms")))
+        rows.append((work, precision, record["way"], *times))
+    heads = (
+        "heads, tokens, head_dim",
+        "precision",
+        "launches",
+        "CPU (us)",
+        "in a row (ms)",
+        "CUDA graph (ms)",
+        "SDPA (ms)",
+    )
+    return [*table(heads, rows), "", f"Density {records[0]['density']}. {surroundings(records[0])}."]

@@ -99,7 +99,10 @@ def compile_forward(
 ) -> Any:
     """The attention forward of one kind, bfloat16 tensors, with an order and a mask; biased is with a key mask."""
     qk, pv = ("bf16" if width == "16" else width for width in (kind.qk, kind.pv))
-    types = dict.fromkeys(("heads_ptr", "order_ptr"), "*i32") | {"q_ptr": f"*{_POINTEES[qk]}", "output_ptr": "*bf16"}
+    types = dict.fromkeys(("heads_ptr", "order_ptr", "order_index_ptr"), "*i32") | {
+        "q_ptr": f"*{_POINTEES[qk]}",
+        "output_ptr": "*bf16",
+    }
     types |= dict.fromkeys(("lse_ptr", "q_factor_ptr"), "*fp32")
     unused = ["visited_ptr"] if biased else ["visited_ptr", "bias_ptr"]
     types |= {"bias_ptr": "*fp32"} if biased else {}
@@ -111,6 +114,7 @@ def compile_forward(
         unused += [] if used else names
     lists = {"slots_ptr": "*i32", "rows_ptr": "*i32", "counts_ptr": "*i32", "indices_ptr": "*i32"}
     means = {"compensate_ptr": "*u8", "mask_ptr": "*u8", "mean_bias_ptr": "*fp32"}
+    means |= {"mask_index_ptr": "*i32", "bucket_ptr": "*i64"}
     means |= {"mean_k_ptr": f"*{_POINTEES[qk]}", "mean_v_ptr": f"*{_POINTEES[pv]}"}
     means |= dict.fromkeys(("mean_k_scale_ptr", "mean_v_scale_ptr"), "*fp32")
     for used, group in ((sparse, lists), (compensate, means)):
@@ -252,6 +256,7 @@ _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_pt
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
 _INTEGERS += ["lists_ptr", "ends_ptr"]
 _POINTERS = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INTEGERS, "*i32")
+_POINTERS |= dict.fromkeys(("order_index_ptr", "mask_index_ptr"), "*i32") | {"bucket_ptr": "*i64"}
 _POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr", "wanted_ptr"), "*u8")
 _POINTERS |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
 _POINTERS |= dict.fromkeys(("queries_ptr", "keys_ptr", "values_ptr"), "*i8") | {"scale": "fp32"}

@@ -22,6 +22,7 @@ from gpu_tables import (
     correctness_table,
     counters_table,
     gpu_attention_table,
+    host_table,
     model_calibration_table,
     sampling_table,
     trials_table,
@@ -60,6 +61,7 @@ KINDS = {
     "gpu correctness": correctness_table,
     "gpu counters": counters_table,
     "gpu trial": trials_table,
+    "gpu host": host_table,
 }
 
 

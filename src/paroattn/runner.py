@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 from paroattn.ops import PreparedAttention
 from paroattn.ops.backend import choose_backend
-from paroattn.ops.inputs import CallKind
+from paroattn.ops.inputs import MOST_ON_GPU, CallKind
 from paroattn.ops.prepared import kind_of_calls
 from paroattn.plan import LayerPlan, ModelIdentity, Plan
 from paroattn.quantize import Precision
-
-MOST_ON_GPU = 2**28  # bytes of masks that a GPU keeps; larger tables stay in the host's memory, where kernels read them
 
 
 class Dense(NamedTuple):
@@ -104,6 +102,27 @@ class Runner:
         self._device = device
         self.layers = [LayerRunner(layer, device, backend, own) for layer, own in zip(layers, calibrated, strict=True)]
 
+    def build(self, tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Build the kernels that calls of so many tokens will need, rather than in the first request.
+
+        Each kind of layer attends once, to nothing. A GPU that lacks the memory now builds them later.
+        """
+        from tqdm.auto import tqdm
+
+        kinds: dict[tuple[Any, ...], LayerRunner] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.kind, layer)
+        bucket = torch.zeros((), dtype=torch.int64, device=self._device)
+        for layer in tqdm(kinds.values(), desc="building kernels", delay=1, leave=False):
+            operator = layer.make_ready(dtype)
+            if operator.backend != "triton":  # others have none to build
+                continue
+            try:
+                nothing = torch.zeros(1, tokens, operator.layer_plan.heads, head_dim, dtype=dtype, device=self._device)
+                operator(nothing, nothing, nothing, bucket=bucket)
+            except torch.OutOfMemoryError:
+                return
+
     def bucket(self, level: Tensor | float) -> Tensor:
         """The step bucket of calls at a noise level, a 0-dim tensor on the device; nothing waits for its value.
 
@@ -165,6 +184,13 @@ class LayerRunner:
         self._takes_text = grid is not None and grid.text_tokens > 0
         self._backend = backend
         self._operator: PreparedAttention | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides which kernels its calls need: precisions of the heads, and the parts that its plan has."""
+        plan = self._layer_plan
+        compensates = plan.compensate is not None and bool(plan.compensate.any())
+        return plan.precisions, plan.orders is None, plan.mask_table is None, compensates
 
     def make_ready(self, dtype: torch.dtype, scale: float | None = None) -> PreparedAttention:
         """The operator for a dtype, made unless it is there."""

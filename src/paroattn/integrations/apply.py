@@ -111,7 +111,10 @@ class Handle:
         self._layers = [PlannedLayer(self, layer, request) for layer, request in enumerate(owners)]
         device, dtype = pipeline.place
         if plan is not None or precision is not None:
-            self._make_ready(self.runner(plan, torch.device("cpu") if device.type == "meta" else device), device, dtype)
+            runner = self.runner(plan, torch.device("cpu") if device.type == "meta" else device)
+            self._make_ready(runner, device, dtype)
+            if plan is not None and device.type == "cuda":
+                runner.build(plan.grid.tokens, plan.model.head_dim, dtype)
         self._attachment = Attachment(
             pipeline, self._layers, self._before_forward, self._after_forward, self._after_call
         )

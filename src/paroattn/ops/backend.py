@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from paroattn.errors import InputError
 from paroattn.ops import cpu, reference
 from paroattn.ops.gpu import backend as gpu
-from paroattn.ops.inputs import AttentionInputs, CallKind
+from paroattn.ops.inputs import AttentionInputs, CallKind, Repeat
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ class Backend(Protocol):
 
     def attend(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Attention: output like query, lse float32 [B, H, N]."""
+
+    @property
+    def repeater(self) -> Callable[[AttentionInputs], Repeat | None] | None:
+        """For inputs that were attended once. None if the backend reads no tables: it gets `looked_up()` inputs."""
 
 
 # "auto" tries them in this order.

@@ -20,6 +20,7 @@ from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_fla
 from paroattn.quantize import PQuantization, Precision
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
+repeater = None
 P_QUANTIZATION = PQuantization(granularity="row")
 CAPABILITY_VARIABLE = "PAROATTN_CPU_CAPABILITY"
 _prologue_times: ContextVar[list[float] | None] = ContextVar("prologue_times", default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from paroattn.quantize import HEAD_WIDTHS, Precision
 TensorLayout = Literal["HND", "NHD"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = HEAD_WIDTHS[-1]
+MOST_ON_GPU = 2**28  # bytes of masks that a GPU keeps; larger tables stay in the host's memory, where kernels read them
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,20 @@ class CallKind:
 class AttentionInputs:
     """A call that was checked, in "HND" layout: what every backend's `attend` takes.
 
+    A planned call may bring the tables of its layer and where to look them up, so that nothing of a table is copied: a
+    backend with a `repeater` reads them itself, the others get `looked_up()`.
+
     Attributes:
         query: [B, H, N, D]; key, value: [B, H_kv, N, D].
-        permutation: int32 or int64 [H, N], or None.
-        block_mask: with H heads, or None for all blocks.
+        permutation: int32 or int64 [H, N], or None; with order_index [orders, N].
+        block_mask: with H heads, or None for all blocks; with mask_index, a table of masks.
         precisions: one per head.
-        compensate: bool [H] on query's device, or None for no head.
+        compensate: bool [H] on query's device, or None for no head; with a bucket [step buckets, H].
         key_mask: bool [B, N] in the input's order, or None.
         scale: factor of the logits.
+        order_index: int32 [H] into permutation, or None.
+        mask_index: int32 [step buckets, H] into block_mask, or None.
+        bucket: int64 [1], the step bucket, or None where nothing depends on it.
     """
 
     query: Tensor
@@ -53,6 +60,32 @@ class AttentionInputs:
     compensate: Tensor | None
     key_mask: Tensor | None
     scale: float
+    order_index: Tensor | None = None
+    mask_index: Tensor | None = None
+    bucket: Tensor | None = None
+
+    def looked_up(self) -> AttentionInputs:
+        """The same with an order, a mask and a flag per head instead of tables."""
+        permutation, mask, compensate, bucket = self.permutation, self.block_mask, self.compensate, self.bucket
+        if permutation is not None and self.order_index is not None:
+            permutation = permutation.index_select(0, self.order_index)
+        # index_select reads the bucket on the device; indexing would ask for its value here.
+        if mask is not None and self.mask_index is not None and bucket is not None:
+            bits = mask.bits.index_select(0, self.mask_index.index_select(0, bucket)[0])
+            mask = BlockMask(bits, mask.tokens, mask.block_q, mask.block_kv)
+        if compensate is not None and bucket is not None:
+            compensate = compensate.index_select(0, bucket)[0]
+        return AttentionInputs(
+            self.query,
+            self.key,
+            self.value,
+            permutation,
+            mask,
+            self.precisions,
+            compensate,
+            self.key_mask,
+            self.scale,
+        )
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -75,6 +108,10 @@ class AttentionInputs:
             self.scale,
         )
 
+
+Repeat = Callable[..., Tensor | None]
+"""Attends with other tensors of the same kinds: query, key, value, bucket, key_mask, and the tables of the layer
+(orders, order_index, masks, mask_index, compensate). None where that has to be done anew."""
 
 FLAT_SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? permutation, Tensor? mask_bits, int[] block_shape, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 from paroattn.ops.backend import backend_named, name_of_choice
 from paroattn.ops.inputs import (
+    MOST_ON_GPU,
     AttentionInputs,
     CallKind,
+    Repeat,
     TensorLayout,
     check_layout,
     check_tensors,
@@ -23,6 +26,9 @@ from paroattn.ops.inputs import (
 )
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
+
+_MOST_KINDS = 256  # of calls that are remembered
+_TENSORS = 10  # of a planned call, which come first
 
 
 def prepare(
@@ -80,11 +86,14 @@ class PreparedAttention:
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
-        self._backend = name_of_choice(backend, kind_of_calls(layer_plan, device, dtype))
-        self._orders = _moved(layer_plan.orders, device, torch.int32)
-        self._order_index = _moved(layer_plan.order_index, device, torch.int32)
+        self.backend = name_of_choice(backend, kind_of_calls(layer_plan, device, dtype))
+        orders, order_index, heads = layer_plan.orders, layer_plan.order_index, layer_plan.heads
+        if orders is not None and order_index is None and orders.numel() == orders.shape[-1]:  # one for all heads
+            orders, order_index = orders.view(1, -1), torch.zeros(heads)
+        self._orders = _moved(orders, device, torch.int32)
+        self._order_index = _moved(order_index, device, torch.int32)
         self._mask_table = _moved(layer_plan.mask_table, device)
-        self._mask_index = _moved(layer_plan.mask_index, device)
+        self._mask_index = _moved(layer_plan.mask_index, device, torch.int32)
         compensates = layer_plan.compensate is not None and bool(layer_plan.compensate.any())
         self._compensate = _moved(layer_plan.compensate, device) if compensates else None
         self._precisions = ",".join(map(str, layer_plan.precisions))
@@ -93,6 +102,19 @@ class PreparedAttention:
         self._tokens = [-1, 0, 0] if layer_plan.tokens is None else [layer_plan.tokens, 0, 0]
         if grid is not None:
             self._tokens = [grid.visual_tokens, grid.text_tokens, 1 if grid.text_position == "prefix" else 2]
+        # What `planned_attention` takes after a call's own tensors.
+        self._layer: tuple[Any, ...] = (
+            self._orders,
+            self._order_index,
+            self._mask_table,
+            self._mask_index,
+            self._compensate,
+            self._tokens,
+            [layer_plan.block_q, layer_plan.block_kv],
+            self._precisions,
+            scale,
+            self.backend,
+        )
 
     def fits(self, query: Tensor, scale: float | None) -> bool:
         """Whether it was prepared for queries like this one."""
@@ -119,29 +141,12 @@ class PreparedAttention:
             raise InputError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
         if self.tensor_layout == "NHD":
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        plan = self.layer_plan
         attend = planned_attention if torch.compiler.is_compiling() else _attend
-        output = attend(
-            query,
-            key,
-            value,
-            bucket,
-            key_mask,
-            self._orders,
-            self._order_index,
-            self._mask_table,
-            self._mask_index,
-            self._compensate,
-            self._tokens,
-            [plan.block_q, plan.block_kv],
-            self._precisions,
-            self.scale,
-            self._backend,
-        )
+        output = attend(query, key, value, bucket, key_mask, *self._layer)
         return output.transpose(1, 2) if self.tensor_layout == "NHD" else output
 
 
-def _attend(
+def _inputs_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -157,8 +162,8 @@ def _attend(
     precisions: str,
     scale: float | None,
     backend: str,
-) -> Tensor:
-    """A planned call in types that operators may take, query, key, value [B, H, N, D].
+) -> AttentionInputs:
+    """What a backend gets of a planned call in types that operators may take, query, key, value [B, H, N, D].
 
     planned_tokens: [N or -1 for any, 0, 0], or with a grid [visual tokens, text tokens, 1 (prefix) or 2 (suffix)]:
     then a call may have any number of text tokens. Tables and indices as in `LayerPlan`; precisions with commas;
@@ -168,35 +173,61 @@ def _attend(
     chosen = parsed_precisions(precisions)
     _check_shape(query, len(chosen), planned_tokens)
     tokens = query.shape[2]
-    bucket = bucket.reshape(1).long()
-    # index_select reads the bucket on the device; indexing would ask for its value here.
-    masks = mask_table
-    if masks is not None and mask_index is not None:
-        masks = masks.index_select(0, mask_index.index_select(0, bucket)[0])
-    if compensate is not None:
-        compensate = compensate.index_select(0, bucket)[0]
-    if orders is not None and order_index is not None:
-        orders = orders.index_select(0, order_index)
     visual, text, position = planned_tokens
-    if position and tokens != visual + text:
-        grid = TokenGrid(1, 1, visual, text, "prefix" if position == 1 else "suffix")
-        orders = None if orders is None else _orders_for(orders, grid, tokens - visual)
-        masks = None if masks is None else _masks_for(masks, grid, tokens - visual, *block_shape)
     inputs = AttentionInputs(
         query,
         key,
         value,
-        None if orders is None else orders.expand(len(chosen), -1),
-        None if masks is None else BlockMask(masks, tokens, *block_shape),
+        orders,
+        None if mask_table is None else BlockMask(mask_table, tokens, *block_shape),
         chosen,
         compensate,
         key_mask,
         checked_scale(scale, query.shape[3]),
+        order_index if orders is not None else None,
+        mask_index if mask_table is not None else None,
+        bucket.reshape(1).long(),
     )
-    return backend_named(backend).attend(inputs)[0]
+    other_text = bool(position) and tokens != visual + text
+    # A table that is in the host's memory would be read more than once.
+    in_host_memory = mask_table is not None and mask_table.nbytes > MOST_ON_GPU
+    if other_text or in_host_memory or backend_named(backend).repeater is None:
+        inputs = inputs.looked_up()
+    if other_text:
+        inputs = _with_text(inputs, TokenGrid(1, 1, visual, text, "prefix" if position == 1 else "suffix"))
+    return inputs
 
 
-planned_attention = torch.library.custom_op("paroattn::planned_attention", _attend, mutates_args=())
+_repeats: dict[tuple[Any, ...], Repeat | None] = {}
+"""Of the kinds of planned calls seen."""
+
+
+def _attend(*given: Any) -> Tensor:
+    """The output of a planned call, given as in `_inputs_of`; what calls of a kind share is worked out once."""
+    tensors, (tokens, block_shape, *others) = given[:_TENSORS], given[_TENSORS:]
+    kind = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    kind = (*kind, tuple(tokens), tuple(block_shape), *others)
+    repeat = _repeats.get(kind)
+    output = None if repeat is None else repeat(*tensors)
+    if output is not None:
+        return output
+    inputs, module = _inputs_of(*given), backend_named(given[-1])
+    output = module.attend(inputs)[0]
+    if module.repeater is not None:
+        if len(_repeats) >= _MOST_KINDS:
+            _repeats.clear()
+        _repeats[kind] = module.repeater(inputs)
+    return output
+
+
+planned_attention = torch.library.custom_op(
+    "paroattn::planned_attention",
+    _attend,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor bucket, Tensor? key_mask, Tensor? orders, "
+    "Tensor? order_index, Tensor? mask_table, Tensor? mask_index, Tensor? compensate, int[] planned_tokens, "
+    "int[] block_shape, str precisions, float? scale, str backend) -> Tensor",
+)
 
 
 @planned_attention.register_fake
@@ -209,6 +240,18 @@ def kind_of_calls(
 ) -> CallKind:
     """What calls of a layer are, for `choose_backend`; without a device, what can be known before a call."""
     return CallKind(layer_plan.precisions, device, dtype, (layer_plan.block_q, layer_plan.block_kv))
+
+
+def _with_text(inputs: AttentionInputs, grid: TokenGrid) -> AttentionInputs:
+    """The looked-up inputs of a call that has other text tokens than the planned grid."""
+    text = inputs.query.shape[2] - grid.visual_tokens
+    permutation, mask = inputs.permutation, inputs.block_mask
+    if mask is not None:
+        bits = _masks_for(mask.bits, grid, text, mask.block_q, mask.block_kv)
+        mask = BlockMask(bits, mask.tokens, mask.block_q, mask.block_kv)
+    return replace(
+        inputs, permutation=None if permutation is None else _orders_for(permutation, grid, text), block_mask=mask
+    )
 
 
 def _orders_for(orders: Tensor, grid: TokenGrid, text_tokens: int) -> Tensor:
@@ -288,4 +331,8 @@ def _check_index(name: str, index: Tensor, shape: tuple[int, ...], length: int) 
 
 
 def _moved(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, dtype)
+    """The tensor as kernels read it; a part of a larger one that starts anywhere would need kernels of its own."""
+    if tensor is None:
+        return None
+    moved = tensor.to(device, dtype).contiguous()
+    return moved.clone() if moved.data_ptr() % 16 else moved

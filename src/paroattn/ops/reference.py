@@ -25,6 +25,7 @@ from paroattn.quantize import (
 )
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4", "fp8"))
+repeater = None
 
 
 def describe() -> str:

@@ -5,15 +5,23 @@ On Hopper, a kernel in CUDA takes part (hopper.py). The kernels are imported wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from paroattn.block_mask import BLOCK
 from paroattn.ops.gpu import device, hopper
-from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat
+from paroattn.ops.inputs import (
+    FLAT_SCHEMA,
+    AttentionInputs,
+    CallKind,
+    Repeat,
+    from_flat,
+    with_adjacent_channels,
+)
 from paroattn.quantize import PQuantization
 
 FORMATS = frozenset(("exact", "bf16", "int8", "fp8"))
@@ -84,7 +92,69 @@ def attend(inputs: AttentionInputs, rotary: Rotary | None = None) -> tuple[Tenso
     rotary: applied to query and key first, if given.
     """
     turned = (None, None, "") if rotary is None else (rotary.cos, rotary.sin, rotary.pairs)
-    return torch.ops.paroattn.triton_attention(*inputs.flat(), *turned)
+    if _is_traced(inputs.query):
+        return torch.ops.paroattn.triton_attention(*inputs.looked_up().flat(), *turned)
+    # Nobody is tracing: an operator's way through the dispatcher takes as long as the launches.
+    query, key, value = (with_adjacent_channels(x.detach()) for x in (inputs.query, inputs.key, inputs.value))
+    return _attend(replace(inputs, query=query, key=key, value=value), *turned)
+
+
+def _attend(inputs: AttentionInputs, cos: Tensor | None, sin: Tensor | None, pairs: str) -> tuple[Tensor, Tensor]:
+    device.check_device(inputs.query)
+    from paroattn.ops.gpu import launch
+    from paroattn.ops.gpu.pack import Call
+
+    query = inputs.query
+    output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch.run(output, lse, Call(inputs, cos, sin, pairs))
+    return output, lse
+
+
+def repeater(inputs: AttentionInputs) -> Repeat | None:
+    """What makes the launches of a call again with other tensors; None if they were not written down."""
+    from paroattn.ops.gpu import launch
+    from paroattn.ops.gpu.pack import Call
+    from paroattn.ops.gpu.recording import ALIGNED
+
+    if inputs.bucket is None or not _is_read_as_it_is(inputs):
+        return None
+    call = Call(inputs)
+    recording = launch.recordings.get(call.kind(torch.empty_like(call.query)))
+    if recording is None:
+        return None
+
+    def repeat(*given: Tensor | None) -> Tensor | None:
+        query, key, value, bucket, key_mask, orders, order_index, masks, mask_index, compensate = given
+        assert query is not None
+        assert bucket is not None
+        tensors = [x for x in given if x is not None]
+        if _is_traced(query) or bucket.dtype != torch.int64 or any(x.data_ptr() % ALIGNED for x in tensors):
+            return None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return None
+        with device.on_device_of(query):
+            output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+            tables = (orders, order_index, masks, mask_index, bucket, compensate if masks is not None else None)
+            recording.replay((query, key, value, output, lse, *tables, key_mask, None, None), query.device)
+        return output
+
+    return repeat
+
+
+def _is_read_as_it_is(inputs: AttentionInputs) -> bool:
+    """Whether kernels read the tensors that a planned call brings, not others that are made of them."""
+    masks = None if inputs.block_mask is None else inputs.block_mask.bits
+    whole = (inputs.permutation, inputs.order_index, masks, inputs.mask_index, inputs.compensate, inputs.key_mask)
+    integers = (inputs.permutation, inputs.order_index, inputs.mask_index)
+    return (
+        all(x is with_adjacent_channels(x) for x in (inputs.query, inputs.key, inputs.value))
+        and all(x is None or x.is_contiguous() for x in whole)
+        and all(x is None or x.dtype == torch.int32 for x in integers)
+    )
+
+
+def _is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 @torch.library.custom_op(
@@ -94,14 +164,8 @@ def attend(inputs: AttentionInputs, rotary: Rotary | None = None) -> tuple[Tenso
 )
 def triton_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """Attention of `AttentionInputs.flat` and the parts of a `Rotary`, pairs "" for none: output and lse [B, H, N]."""
-    device.check_device(query)
-    from paroattn.ops.gpu import launch
-    from paroattn.ops.gpu.pack import Call
-
     *flat, cos, sin, pairs = others
-    output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    launch.run(output, lse, Call(from_flat(query, *flat), cos, sin, pairs))
-    return output, lse
+    return _attend(from_flat(query, *flat), cos, sin, pairs)
 
 
 @triton_attention.register_fake

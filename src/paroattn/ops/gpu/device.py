@@ -7,6 +7,7 @@ tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -69,7 +70,9 @@ def check_device(x: Tensor) -> None:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """While it is entered, kernels are launched where `x` is."""
-    return contextlib.nullcontext() if INTERPRETED else torch.cuda.device(x.device)
+    if INTERPRETED or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 @torch.compiler.assume_constant_result
@@ -86,6 +89,7 @@ def target_here(device: torch.device) -> str:
     return target
 
 
+@functools.lru_cache
 def target_of(device: torch.device) -> str | None:
     """The target of a GPU, or None if there is none."""
     if torch.version.hip:

@@ -9,7 +9,7 @@ compensated. Packed keys and values come from prologue.py; docs/gpu-design.md ha
 import triton
 import triton.language as tl
 
-from paroattn.ops.gpu.rows import BLOCK_KV, stored_token, to_int8
+from paroattn.ops.gpu.rows import BLOCK_KV, load_tokens, number_of_mask, stored_token, to_int8
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)  # the maximum before any block; not -inf, whose differences are NaN
@@ -158,10 +158,11 @@ _SIZES += ["mask_bytes", "stride_mask", "parts"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, output_ptr, lse_ptr, heads_ptr, order_ptr,
+    q_ptr, k_ptr, v_ptr, output_ptr, lse_ptr, heads_ptr, order_ptr, order_index_ptr,
     q_factor_ptr, lse_shift_ptr, k_scale_ptr, v_mean_ptr, v_scale_ptr, bias_ptr,
     slots_ptr, rows_ptr, counts_ptr, indices_ptr,
-    compensate_ptr, mask_ptr, mean_k_ptr, mean_k_scale_ptr, mean_v_ptr, mean_v_scale_ptr, mean_bias_ptr,
+    compensate_ptr, mask_ptr, mask_index_ptr, bucket_ptr,
+    mean_k_ptr, mean_k_scale_ptr, mean_v_ptr, mean_v_scale_ptr, mean_bias_ptr,
     visited_ptr,
     stride_ob, stride_oh, stride_on, stride_mask,
     batch, heads, group, tokens, slots, q_blocks, parts, kv_blocks, mean_blocks, mask_bytes,
@@ -178,10 +179,11 @@ def attention_forward(
     k: packed keys [B * slots, kv_blocks, 64, D]; k_scale [B * slots, kv_blocks] if int8.
     v: packed values [B * slots, kv_blocks, 64, D], or [..., D, 64] if 8-bit, with v_mean, v_scale [B, H / group, D].
     bias [B * slots, kv_blocks * 64]: 0 or -inf, as the keys are stored.
-    output [B, H, N, HEAD_DIM] by strides; lse [B, H, N]; order [H, N].
+    output [B, H, N, HEAD_DIM] by strides; lse [B, H, N]; order [H, N], or a table with order_index.
     A row of the mask is for `parts` programs. slots, rows [slots, mask rows]: what the programs take in turn; counts,
     indices: `prologue.kept_lists`.
-    compensate bool [H], mask uint8 [H, mask rows, mask_bytes]; mean_k, ...: `prologue.pack_means`.
+    compensate bool [H], mask uint8 [H, mask rows, mask_bytes], or tables with mask_index and bucket
+    (`rows.number_of_mask`); mean_k, ...: `prologue.pack_means`.
     visited int32 [B * slots, q_blocks]: how many blocks each program attended.
     """
     program = tl.program_id(0)
@@ -256,7 +258,10 @@ def attention_forward(
         mean_bias_ptr += packed * mean_blocks * BLOCK_KV
         if QK == "int8":
             mean_k_scale_ptr += packed * mean_blocks
-        mask_ptr += h.to(tl.int64) * stride_mask + row // parts * mask_bytes
+        mask_number = number_of_mask(mask_index_ptr, bucket_ptr, h, heads)
+        mask_ptr += mask_number.to(tl.int64) * stride_mask + row // parts * mask_bytes
+        if bucket_ptr is not None:
+            compensate_ptr += tl.load(bucket_ptr) * heads
         for block in tl.range(0, tl.load(compensate_ptr + h).to(tl.int32) * mean_blocks, num_stages=1):
             kv_block = block * BLOCK_KV + column  # that the mean token of this column stands for
             bits = tl.load(mask_ptr + kv_block // 8, mask=kv_block < kv_blocks, other=255)
@@ -284,7 +289,7 @@ def attention_forward(
     valid = position < tokens
     token = position
     if order_ptr is not None:
-        token = tl.load(order_ptr + h * tokens + position, mask=valid, other=0)
+        token = load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid)
     out = output_ptr + b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
     out += token.to(tl.int64)[:, None] * stride_on + channel[None, :]
     mask = valid[:, None]

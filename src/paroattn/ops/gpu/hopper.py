@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +24,18 @@ from paroattn.block_mask import BLOCK
 PV_FORMATS = ("int8", "fp8")
 THREADS = 128
 STAGES = 2  # steps whose keys and values are in shared memory or on their way
+_KEPT = "hopper_forward.cubin"
 PROGRAMS = {64: 4, 128: 3}  # per multiprocessor, by head_dim; it limits the registers
 
 _POINTERS = (
-    "q records output lse heads order q_factor lse_shift v_mean v_scale bias slots rows counts indices "
-    "compensate mask mean_records mean_v_scale mean_bias"
+    "q records output lse heads order order_index q_factor lse_shift v_mean v_scale bias slots rows counts indices "
+    "compensate mask mask_index bucket mean_records mean_v_scale mean_bias"
 )
 _STRIDES = "stride_ob stride_oh stride_on stride_mask"
 _SIZES = "batch n_heads group tokens n_slots q_blocks parts kv_blocks mean_blocks mask_bytes head_dim"
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """`Arguments` of the kernel, in its order."""
 
     _fields_ = (
@@ -99,18 +103,19 @@ def layout(width: int, pv: str) -> Layout:
     return Layout(columns, values, scale, record, queries, bias, barriers, barriers + 8 * (STAGES + 1))
 
 
-def launch(width: int, pv: str, programs: int, output: Tensor, **arguments: Tensor | int | None) -> None:
-    """Run so many programs, on the current stream; arguments are those of the kernel's `Arguments`."""
+@functools.cache
+def launcher(device: int, width: int, pv: str, dtype: torch.dtype, programs: int) -> Callable[[Arguments, int], None]:
+    """What runs so many programs on the current device, which is `device`, on a stream."""
     from cuda.bindings import driver
 
-    function = _function(output.device.index, width, pv, output.dtype)
-    addresses = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    filled = _Arguments(output=output.data_ptr(), **addresses)
-    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(filled))
-    stream = torch.cuda.current_stream(output.device).cuda_stream
-    shared = layout(width, pv).shared
-    grid, block = (programs, 1, 1), (THREADS, 1, 1)
-    _checked(driver.cuLaunchKernel(function, *grid, *block, shared, stream, ctypes.addressof(parameters), 0))
+    function, shared = _function(device, width, pv, dtype), layout(width, pv).shared
+    shape = (programs, 1, 1, THREADS, 1, 1, shared)
+
+    def launch(arguments: Arguments, stream: int) -> None:
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _checked(driver.cuLaunchKernel(function, *shape, stream, ctypes.addressof(parameters), 0))
+
+    return launch
 
 
 @functools.cache
@@ -142,11 +147,14 @@ def _function(device: int, width: int, pv: str, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def compiled(width: int, pv: str, dtype: torch.dtype) -> bytes:
-    """The kernel's machine code for heads of 64 or 128 channels, "int8" or "fp8", and a 16-bit output."""
+    """The kernel's machine code for heads of 64 or 128 channels, "int8" or "fp8", and a 16-bit output.
+
+    It is kept on disk beside Triton's kernels.
+    """
     from cuda.bindings import nvrtc
+    from triton.runtime.cache import get_cache_manager
 
     source = (files("paroattn.ops.gpu") / "hopper_forward.cu").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"hopper_forward.cu", 0, [], []))
     defined = {
         "D": width,
         "PV_FP8": int(pv == "fp8"),
@@ -157,6 +165,20 @@ def compiled(width: int, pv: str, dtype: torch.dtype) -> bytes:
     }
     options = [b"-arch=sm_90a", b"-std=c++17", b"-default-device"]
     options += [f"-D{name}={value}".encode() for name, value in defined.items()]
+    version = _checked(nvrtc.nvrtcVersion())
+    kept = get_cache_manager(hashlib.sha256(repr((source, options, version)).encode()).hexdigest())
+    path = kept.get_file(_KEPT)
+    if path is not None:
+        return Path(path).read_bytes()
+    code = _compile(source, options)
+    kept.put(code, _KEPT)
+    return code
+
+
+def _compile(source: bytes, options: list[bytes]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source, b"hopper_forward.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -46,10 +46,13 @@ struct Arguments {
     const u8 *q, *records;
     u8 *output;
     float *lse;
-    const int *heads, *order;
+    const int *heads, *order, *order_index;
     const float *q_factor, *lse_shift, *v_mean, *v_scale, *bias;
     const int *slots, *rows, *counts, *indices;
-    const u8 *compensate, *mask, *mean_records;
+    const u8 *compensate, *mask;
+    const int *mask_index;
+    const long long *bucket;
+    const u8 *mean_records;
     const float *mean_v_scale, *mean_bias;
     long long stride_ob, stride_oh, stride_on, stride_mask;
     int batch, n_heads, group, tokens, n_slots, q_blocks, parts, kv_blocks, mean_blocks, mask_bytes, head_dim;
@@ -310,8 +313,9 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
         int last = indices[count - 1];
         whole = count - (a.tokens % BLOCK != 0 && last == a.kv_blocks - 1);
     }
+    const int in_bucket = (a.bucket ? (int)*a.bucket * a.n_heads : 0) + h;
     const int plain_steps = uniform(whole / 2), list_steps = (count + 1) / 2;
-    const int steps = uniform(list_steps + (a.compensate && a.compensate[h] ? a.mean_blocks : 0));
+    const int steps = uniform(list_steps + (a.compensate && a.compensate[in_bucket] ? a.mean_blocks : 0));
 
     // Each warp copies a quarter of a step, so that none is late: of one of the two blocks the keys, or the values and
     // the scale. Where from is worked out a step ahead, and the block's number read two steps ahead; beyond the list
@@ -406,7 +410,8 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
                 added = a.bias ? a.bias[((long long)packed * a.kv_blocks + block) * BLOCK + column] : 0;
         } else if (mean >= 0 && thread < BLOCK) {
             const int block = mean * BLOCK + stored_token(column);
-            const u8 *mask = a.mask + h * a.stride_mask + mask_row * a.mask_bytes;
+            const int number = a.mask_index ? a.mask_index[in_bucket] : h;
+            const u8 *mask = a.mask + number * a.stride_mask + mask_row * a.mask_bytes;
             if (block < a.kv_blocks && !(mask[block / 8] >> block % 8 & 1))
                 added = a.mean_bias[((long long)packed * a.mean_blocks + mean) * BLOCK + column];
         }
@@ -421,6 +426,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
         finish();
     }
 
+    const int *order = a.order ? a.order + (long long)(a.order_index ? a.order_index[h] : h) * a.tokens : nullptr;
     // A total of 0 means that the key mask hides every kept key: the output is 0 then, and lse -inf.
     __syncthreads();  // the stages are free
     const float *v_mean = a.v_mean + (b * (a.n_heads / a.group) + h / a.group) * D + 2 * (lane % 4);
@@ -447,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
             *(u32 *)(own_rows + in_warp * OUT_STRIDE + 16 * j + 4 * (lane % 4)) = both;
         }
         if (lane % 4 == 0 && position < a.tokens) {
-            const int token = a.order ? a.order[(long long)h * a.tokens + position] : position;
+            const int token = order ? order[position] : position;
             const float lse = (rows.unit[r] + log2_fast(total) - P_EXPONENT) * LN_2;
             a.lse[((long long)b * a.n_heads + h) * a.tokens + token] =
                 lse + a.lse_shift[tile * BLOCK + warp * 16 + in_warp];
@@ -460,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(128, PROGRAMS) attention_forward(co
     for (int i = lane; i < 16 * PIECES; i += 32) {
         const int in_warp = i / PIECES, channel = i % PIECES * 8, position = row * BLOCK + warp * 16 + in_warp;
         if (position < a.tokens && channel < a.head_dim) {
-            const int token = a.order ? a.order[(long long)h * a.tokens + position] : position;
+            const int token = order ? order[position] : position;
             *(uint4 *)(a.output + 2 * (b * a.stride_ob + h * a.stride_oh + token * a.stride_on + channel)) =
                 *(const uint4 *)(own_rows + in_warp * OUT_STRIDE + 2 * channel);
         }

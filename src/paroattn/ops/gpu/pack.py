@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,12 +14,13 @@ from paroattn.block_mask import BLOCK, block_count
 from paroattn.ops.gpu import hopper, prologue
 from paroattn.ops.gpu.configs import Config, Kind, block_warps, config, queries_per_program
 from paroattn.ops.gpu.device import INTERPRETED, target_here
+from paroattn.ops.gpu.recording import Recording
 from paroattn.ops.inputs import AttentionInputs
-from paroattn.quantize import padded_head_dim
+from paroattn.quantize import Precision, padded_head_dim
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_CHUNK = 512  # tokens that one program of the statistics reads,
-_K_CHUNK = 128  # and how many of them for the mean of k, where there are many chunks
+_CHUNKS = (128, 512)  # tokens that one program of the statistics reads, of a short sequence and of a long one
+_SHORT, _WHOLE = 2**15, 2**12  # tokens up to which a sequence is short, and up to which the mean of k takes all
 _ROWS_AT_ONCE, _SLOTS_AT_ONCE = 64, 8  # rows of blocks that one program of the schedule ranks, and slots
 _READ_AHEAD = 16  # numbers that hopper.py may read beyond a list, whose kernel says so
 
@@ -33,12 +35,14 @@ class Call:
     Attributes:
         order: int32 [H, N]; mask: uint8 [H, mask rows, bytes] with rows of mask_block_q queries; key_mask: uint8.
         compensate: uint8 [H], None without a mask.
+        order_index, mask_index, bucket: where to look up these three if they are tables, as `AttentionInputs` has them.
         angles: cos and sin; rotary: pairs, or None.
         formats: of QK^T and PV of each head, "fp16", "bf16", "int8" and for PV "fp8".
         group: how many heads share keys and values.
         width: of a head inside the kernels, `padded_head_dim`.
         mean_blocks: blocks of mean tokens, one of which stands for a block of keys.
         target: of device.py.
+        recording: what writes the launches down, or None.
     """
 
     def __init__(self, inputs: AttentionInputs, cos: Tensor | None = None, sin: Tensor | None = None, pairs: str = ""):
@@ -50,23 +54,43 @@ class Call:
             self.mask = self.mask.contiguous()
         self.mask_block_q = inputs.block_shape[0]
         self.compensate = None if compensate is None or self.mask is None else compensate.view(torch.uint8)
+        self.order_index, self.mask_index, self.bucket = inputs.order_index, inputs.mask_index, inputs.bucket
         self.key_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
         self.angles = (None if cos is None else cos.contiguous(), None if sin is None else sin.contiguous())
         self.rotary = pairs or None
         self.scale = inputs.scale
-        # Exact products of 16-bit input are 16-bit products with float32 sums.
-        exact = "fp16" if self.query.dtype == torch.float16 else "bf16"
-        names = [(precision.qk, precision.pv) for precision in inputs.precisions]
-        self.formats = [(exact if qk == "exact" else qk, exact if pv == "exact" else pv) for qk, pv in names]
+        self.formats = _formats(tuple(inputs.precisions), self.query.dtype)
         self.batch, self.heads, self.tokens, self.head_dim = self.query.shape
         self.group = self.heads // self.key.shape[1]
         self.width = padded_head_dim(self.head_dim)
         self.kv_blocks = block_count(self.tokens, BLOCK)
         self.mean_blocks = 0 if self.compensate is None else block_count(self.kv_blocks, BLOCK)
         self.target = target_here(self.query.device)
+        self.recording: Recording | None = None
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.recording is not None:
+            return self.recording.room(shape, dtype, self.query.device)
         return torch.empty(shape, dtype=dtype, device=self.query.device)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """Launch a Triton kernel; options are its constants, by name, and those of the compiler."""
+        if self.recording is not None:
+            self.recording.triton(kernel, grid, arguments, options)
+        else:
+            kernel[grid](*arguments, **options)
+
+    def tensors(self, output: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
+        """All that kernels are given of a call and that other calls have at other places in memory."""
+        given = (self.query, self.key, self.value, output, lse, self.order, self.order_index, self.mask)
+        return *given, self.mask_index, self.bucket, self.compensate, self.key_mask, *self.angles
+
+    def kind(self, output: Tensor) -> tuple[Any, ...]:
+        """What makes the launches of two calls the same, but for the tensors."""
+        shapes = tuple((x.shape, x.stride()) for x in (self.query, self.key, self.value, output))
+        mask = None if self.mask is None else (self.mask.shape[1:], self.mask.stride(0), self.mask_block_q)
+        missing = tuple(x is None for x in self.tensors(output, output))
+        return self.query.device, self.query.dtype, self.formats, shapes, mask, missing, self.rotary, self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +185,12 @@ class Lists:
 
 def partial_statistics(call: Call) -> Tensor:
     kv_heads = call.key.shape[1]
-    chunks = block_count(call.tokens, _CHUNK)
+    chunk = _chunk(call.tokens)
+    chunks = block_count(call.tokens, chunk)
     partial = call.new(call.batch * kv_heads, 4, chunks, call.width)
-    prologue.partial_statistics[(chunks, call.batch * kv_heads)](
+    call.launch(
+        prologue.partial_statistics,
+        (chunks, call.batch * kv_heads),
         call.key,
         call.value,
         partial,
@@ -173,8 +200,8 @@ def partial_statistics(call: Call) -> Tensor:
         call.tokens,
         HEAD_DIM=call.head_dim,
         D=call.width,
-        CHUNK=_CHUNK,
-        K_CHUNK=_k_chunk(chunks),
+        CHUNK=chunk,
+        K_CHUNK=_k_chunk(call.tokens),
         TILE=2048 // call.width,
         num_warps=block_warps(call.width),
     )
@@ -189,10 +216,13 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
     queries = call.new(packs * q_tiles * BLOCK, call.width, dtype=_DTYPES[heads.qk])
     q_factor = call.new(packs, q_tiles)
     lse_shift = call.new(packs, q_tiles * BLOCK) if heads.qk == "int8" else None
-    prologue.pack_query[(q_tiles, packs)](
+    call.launch(
+        prologue.pack_query,
+        (q_tiles, packs),
         call.query,
         heads.numbers,
         call.order,
+        call.order_index,
         *call.angles,
         k_mean,
         queries,
@@ -214,11 +244,14 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
     keys, values, k_scale = _room(call, heads, packs * call.kv_blocks)
     bias = None if call.key_mask is None else call.new(packs, call.kv_blocks * BLOCK)
     means = _room_for_means(call, packs)
-    prologue.pack_key_value[(call.kv_blocks, packs)](
+    call.launch(
+        prologue.pack_key_value,
+        (call.kv_blocks, packs),
         call.key,
         call.value,
         heads.numbers,
         call.order,
+        call.order_index,
         *call.angles,
         call.key_mask,
         k_mean,
@@ -254,12 +287,14 @@ def _channel_statistics(call: Call, partial: Tensor, pv: str) -> tuple[Tensor, .
     """Mean of k, mean of v and scale of v per channel."""
     kv_heads, _, chunks, width = partial.shape
     found = call.new(3, kv_heads, width).unbind(0)
-    k_chunk, before_last = _k_chunk(chunks), chunks - 1
-    prologue.channel_statistics[(kv_heads,)](
+    k_chunk, before_last = _k_chunk(call.tokens), chunks - 1
+    call.launch(
+        prologue.channel_statistics,
+        (kv_heads,),
         partial,
         *found,
         call.tokens,
-        before_last * k_chunk + min(call.tokens - before_last * _CHUNK, k_chunk),
+        before_last * k_chunk + min(call.tokens - before_last * _chunk(call.tokens), k_chunk),
         chunks,
         D=width,
         PV=pv,
@@ -297,7 +332,9 @@ def _packed_means(
     packs = call.batch * heads.slots
     keys, values, k_scale = _room(call, heads, packs * call.mean_blocks)
     values_scale, bias = call.new(packs, call.mean_blocks), call.new(packs, call.mean_blocks * BLOCK)
-    prologue.pack_means[(call.mean_blocks, packs)](
+    call.launch(
+        prologue.pack_means,
+        (call.mean_blocks, packs),
         *means,
         heads.numbers,
         v_scale,
@@ -328,12 +365,17 @@ def kept_lists(call: Call, heads: Heads) -> Lists | None:
     slots, rows = heads.slots, call.mask.shape[1]
     counts = call.new(slots, rows, dtype=torch.int32)
     indices = call.new(slots * rows * call.kv_blocks + 2 * call.mean_blocks + _READ_AHEAD, dtype=torch.int32)
-    prologue.kept_lists[(rows, slots)](
+    call.launch(
+        prologue.kept_lists,
+        (rows, slots),
         call.mask,
+        call.mask_index,
+        call.bucket,
         heads.numbers,
         counts,
         indices,
         call.mask.stride(0),
+        call.heads,
         rows,
         call.kv_blocks,
         call.mask.shape[2],
@@ -341,7 +383,9 @@ def kept_lists(call: Call, heads: Heads) -> Lists | None:
         num_warps=2,
     )
     slot_order, row_order = call.new(slots, dtype=torch.int32), torch.empty_like(counts)
-    prologue.schedule[(block_count(rows, _ROWS_AT_ONCE), slots)](
+    call.launch(
+        prologue.schedule,
+        (block_count(rows, _ROWS_AT_ONCE), slots),
         counts,
         slot_order,
         row_order,
@@ -354,9 +398,10 @@ def kept_lists(call: Call, heads: Heads) -> Lists | None:
     return Lists(counts, indices, slot_order, row_order)
 
 
-def all_blocks(call: Call) -> Tensor:
-    """The list of kept blocks of a row that keeps all; of each call, so that it is there in the order of the stream."""
-    return torch.arange(call.kv_blocks + _READ_AHEAD, dtype=torch.int32, device=call.query.device)
+@functools.lru_cache(maxsize=64)
+def all_blocks(kv_blocks: int, device: torch.device) -> Tensor:
+    """The list of kept blocks of a row that keeps all."""
+    return torch.arange(kv_blocks + _READ_AHEAD, dtype=torch.int32).to(device)
 
 
 def on_hopper(call: Call, qk: str, pv: str, output: Tensor) -> bool:
@@ -366,12 +411,25 @@ def on_hopper(call: Call, qk: str, pv: str, output: Tensor) -> bool:
     return hopper.loads(output.device.index, call.width, pv, output.dtype)
 
 
-def _k_chunk(chunks: int) -> int:
-    return _CHUNK if chunks < 8 else _K_CHUNK
+def _chunk(tokens: int) -> int:
+    return _CHUNKS[tokens > _SHORT]
+
+
+def _k_chunk(tokens: int) -> int:
+    """How many of a chunk's tokens the mean of k takes."""
+    return _chunk(tokens) // (1 if tokens <= _WHOLE else 4)
 
 
 def _width_of(kernel_format: str) -> str:
     return kernel_format if kernel_format in ("int8", "fp8") else "16"
+
+
+@functools.lru_cache
+def _formats(precisions: tuple[Precision, ...], dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+    """The kernels' names of the heads' formats; exact products of 16-bit input are 16-bit ones with float32 sums."""
+    exact = "fp16" if dtype == torch.float16 else "bf16"
+    names = [(precision.qk, precision.pv) for precision in precisions]
+    return tuple((exact if qk == "exact" else qk, exact if pv == "exact" else pv) for qk, pv in names)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,6 +20,8 @@ from paroattn.ops.gpu.rows import (
     LOG2_E,
     TINY,
     load_rows,
+    load_tokens,
+    number_of_mask,
     quantize_tile,
     stored_token,
     to_int8,
@@ -151,7 +153,8 @@ def _store_scale(k_scale_ptr, at, scale, RECORD: tl.constexpr):
 
 @_kernel
 def pack_query(
-    q_ptr, heads_ptr, order_ptr, cos_ptr, sin_ptr, k_mean_ptr, queries_ptr, q_factor_ptr, lse_shift_ptr,
+    q_ptr, heads_ptr, order_ptr, order_index_ptr, cos_ptr, sin_ptr, k_mean_ptr,
+    queries_ptr, q_factor_ptr, lse_shift_ptr,
     stride_qb, stride_qh, stride_qn, scale, heads, group, tokens, slots,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, ROTARY: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +173,7 @@ def pack_query(
     valid = position < tokens
     token = position
     if order_ptr is not None:
-        token = tl.load(order_ptr + h * tokens + position, mask=valid, other=0)
+        token = load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid)
     q_start = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
     q = load_rows(q_start, stride_qn, token, valid, cos_ptr, sin_ptr, HEAD_DIM, D, ROTARY)
     if scale < 0:  # factors are above zero, so that the largest product has the largest logit
@@ -189,7 +192,7 @@ def pack_query(
 
 @_kernel
 def pack_key_value(
-    k_ptr, v_ptr, heads_ptr, order_ptr, cos_ptr, sin_ptr, key_mask_ptr,
+    k_ptr, v_ptr, heads_ptr, order_ptr, order_index_ptr, cos_ptr, sin_ptr, key_mask_ptr,
     k_mean_ptr, v_mean_ptr, v_scale_ptr,
     keys_ptr, k_scale_ptr, values_ptr, bias_ptr, block_k_ptr, block_v_ptr, block_count_ptr,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -216,7 +219,7 @@ def pack_key_value(
     valid = position < tokens
     token = position
     if order_ptr is not None:
-        token = tl.load(order_ptr + h * tokens + position, mask=valid, other=0)
+        token = load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid)
     shown = valid
     if key_mask_ptr is not None:
         shown = tl.load(key_mask_ptr + b.to(tl.int64) * tokens + token, mask=valid, other=0) != 0
@@ -239,7 +242,7 @@ def pack_key_value(
     valid = position < tokens
     token = position
     if order_ptr is not None:
-        token = tl.load(order_ptr + h * tokens + position, mask=valid, other=0)
+        token = load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid)
     v_start = v_ptr + b.to(tl.int64) * stride_vb + (h // group).to(tl.int64) * stride_vh
     v = load_rows(v_start, stride_vn, token, valid, None, None, HEAD_DIM, D, None)
     scaled = v
@@ -305,17 +308,19 @@ def pack_means(
 
 @_kernel
 def kept_lists(
-    mask_ptr, heads_ptr, counts_ptr, indices_ptr, stride_mask, q_blocks, kv_blocks, mask_bytes, COLUMNS: tl.constexpr
-):
+    mask_ptr, mask_index_ptr, bucket_ptr, heads_ptr, counts_ptr, indices_ptr,
+    stride_mask, heads, q_blocks, kv_blocks, mask_bytes, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Kept kv blocks of one row of blocks, ascending; grid (q_blocks, slots); COLUMNS a power of two >= kv_blocks.
 
-    mask uint8 [H, q_blocks, mask_bytes] -> counts int32 [slots, q_blocks], indices int32 [slots, q_blocks, kv_blocks],
-    of which the first `counts` are written.
+    mask uint8 [H, q_blocks, mask_bytes], or a table with mask_index and bucket (`rows.number_of_mask`) -> counts int32
+    [slots, q_blocks], indices int32 [slots, q_blocks, kv_blocks], of which the first `counts` are written.
     """
     row = tl.program_id(0)
     slot = tl.program_id(1)
     column = tl.arange(0, COLUMNS)
-    mask_ptr += tl.load(heads_ptr + slot).to(tl.int64) * stride_mask + row * mask_bytes
+    h = number_of_mask(mask_index_ptr, bucket_ptr, tl.load(heads_ptr + slot), heads)
+    mask_ptr += h.to(tl.int64) * stride_mask + row * mask_bytes
     bits = tl.load(mask_ptr + column // 8, mask=column < kv_blocks, other=0)
     kept = (bits.to(tl.int32) >> (column % 8)) & 1
     at = slot * q_blocks + row

@@ -26,6 +26,22 @@ def stored_token(row, SWAPPED: tl.constexpr):
 
 
 @triton.jit
+def load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid):
+    """Which tokens stand at positions of head h: order [H, N], or a table with order_index [H]; 0 where not valid."""
+    if order_index_ptr is not None:
+        h = tl.load(order_index_ptr + h)
+    return tl.load(order_ptr + h.to(tl.int64) * tokens + position, mask=valid, other=0)
+
+
+@triton.jit
+def number_of_mask(mask_index_ptr, bucket_ptr, h, heads):
+    """Which mask head h has: number h, or with mask_index [step buckets, heads] what stands there for the bucket."""
+    if mask_index_ptr is not None:
+        h = tl.load(mask_index_ptr + tl.load(bucket_ptr) * heads + h)
+    return h
+
+
+@triton.jit
 def load_rows(
     x_ptr, stride_n, tokens, valid, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr
 ):
