@@ -9,7 +9,7 @@ import tiny
 import torch
 from paroattn_lab.quality.head_study import AttentionMaps, study_heads
 from paroattn_lab.quality.table_rows import TableRow, headline, table_rows
-from paroattn_lab.report import head_browser, pairs_of, time_parts, write_report
+from paroattn_lab.report import head_browser, launch_note, pairs_of, time_parts, write_report
 from paroattn_lab.report.charts import quality_chart
 from paroattn_lab.report.clips import embedded_clips
 from paroattn_lab.report.head_browser import browser_data
@@ -204,3 +204,14 @@ def test_a_chart_names_its_methods_and_says_how_many_it_leaves_out():
     assert "&lt;m0&gt;" not in svg
     assert "currentColor" in svg
     assert quality_chart(rows, "ssim") is None
+
+
+def test_a_gpu_that_waits_for_the_cpu_is_told_about(report_inputs):
+    record = report_inputs["records"][0]
+    assert 0.5 < record["launch_share"] <= 1
+    assert not launch_note(record)  # on a CPU nothing waits for it
+    waiting = {**record, "gpu": "NVIDIA H200", "launch_share": 0.97, "full_attention_launch_share": 0.55}
+    assert "took 97% of the transformer's time to launch its operations (55% with full attention)" in launch_note(
+        waiting
+    )
+    assert not launch_note({**waiting, "launch_share": 0.6})

@@ -16,7 +16,7 @@ from paroattn.cli.models import GenerativeModel
 
 PAIRS = [("first", 1), ("second", 2), ("third", 3)]
 SMALL = ("--frames", 4, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
-TIMES = ("speed_up", "transformer_seconds", "full_attention_seconds")
+TIMES = ("speed_up", "transformer_seconds", "full_attention_seconds", "launch_share", "full_attention_launch_share")
 
 
 class Interrupted(FramesModel):

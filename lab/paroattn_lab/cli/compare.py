@@ -384,7 +384,7 @@ def _finish(
     from paroattn_lab.quality.pairs import PAPER, PAROATTN
     from paroattn_lab.quality.table_rows import headline, table_rows
     from paroattn_lab.records import write_records
-    from paroattn_lab.report import write_report
+    from paroattn_lab.report import launch_note, write_report
     from paroattn_lab.report.tables import evaluation_table, missing_metrics
 
     records = evaluation_records(model, evaluation, dimensions)
@@ -412,4 +412,7 @@ def _finish(
             gain, error = result.gain_over(other)
             names = f"{result.variant.name} over {other.variant.name}"
             console.print(f"{names}: {gain:+.2f} dB, standard error {error:.2f}", markup=False)
+    note = launch_note(records[0]).strip()
+    if note:
+        console.print(note, markup=False)
     console.print(f"report: {report}", soft_wrap=True)

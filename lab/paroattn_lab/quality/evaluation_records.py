@@ -60,6 +60,8 @@ def _variant_record(
         "speed_up": result.speed_up,
         "transformer_seconds": evaluation.seconds[variant.name],
         "full_attention_seconds": evaluation.seconds[FULL],
+        "launch_share": evaluation.launch_shares[variant.name],
+        "full_attention_launch_share": evaluation.launch_shares[FULL],
         "by_dimension": _by_dimension(result, evaluation, dimensions),
         "pairs": pairs,
     }

@@ -152,6 +152,7 @@ class Evaluation:
         videos: by variant name ("full attention" for the reference), one [F, 3, H, W] for each of the first
             `KEPT_VIDEOS` pairs.
         seconds: by variant name, time in the transformer per pair.
+        launch_shares: by variant name, how much of that time the CPU took to launch what the transformer does.
         missing: metrics that could not be computed, and what they need.
     """
 
@@ -159,6 +160,7 @@ class Evaluation:
     results: list[VariantResult] = field(default_factory=list)
     videos: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    launch_shares: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -248,6 +250,7 @@ class _PairRun:
             with TransformerClock(*Pipeline(self._model.pipe).transformers) as clock, FinalLatents(scheduler) as final:
                 frames = self._model.generate(self._prompt, self._seed)
             result: dict[str, Any] = {"seconds": clock.seconds, "density": 1.0}
+            result["launch_seconds"] = clock.launch_seconds
             if number:
                 result["density"] = applied.density if variant.plan is None else variant.plan.density()
         if number:
@@ -293,6 +296,8 @@ def _evaluation(
 ) -> Evaluation:
     columns = {variant.name: [row[number] for row in rows] for number, variant in enumerate(contenders)}
     seconds = {name: [result["seconds"] for result in column] for name, column in columns.items()}
+    launches = {name: [result.get("launch_seconds", 0.0) for result in column] for name, column in columns.items()}
+    shares = {name: sum(launches[name]) / sum(seconds[name]) for name in columns}
     results = []
     for variant in contenders[1:]:
         column = columns[variant.name]
@@ -308,4 +313,4 @@ def _evaluation(
                 fvd,
             )
         )
-    return Evaluation(tuple(pairs), results, videos, seconds, learned.missing)
+    return Evaluation(tuple(pairs), results, videos, seconds, shares, learned.missing)

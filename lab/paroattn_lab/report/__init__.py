@@ -25,6 +25,7 @@ from paroattn_lab.report.head_browser import browser_data
 
 _CHARTED = ("psnr", "ssim")
 _SUMMARISED = ("psnr", "ssim", "ms_ssim", "cosine", "lpips")  # the table has all
+_WAITING = 0.9  # share of the time from which on launches are what takes it
 _MOST_BARS = 12  # of the time chart
 
 
@@ -140,7 +141,19 @@ def _lead(row: TableRow, pairs: int) -> str:
     close = f" PSNR against full attention is {psnr.shown(psnr.mean)} dB." if psnr else ""
     return (
         f"{row.name} computed {row.density:.1%} of the attention blocks of {record['model']}.{faster}{close} "
-        f"Measured on {pairs} prompt/seed {'pairs' if pairs > 1 else 'pair'}."
+        f"Measured on {pairs} prompt/seed {'pairs' if pairs > 1 else 'pair'}.{launch_note(record)}"
+    )
+
+
+def launch_note(record: Mapping[str, Any]) -> str:
+    """On a GPU that waited for the CPU most of the time, a sentence that says so; else nothing."""
+    share = record.get("launch_share", 0.0)
+    if "gpu" not in record or share < _WAITING:
+        return ""
+    return (
+        f" The GPU waited for the CPU, which took {share:.0%} of the transformer's time to launch its operations "
+        f"({record['full_attention_launch_share']:.0%} with full attention): they, not attention, set the speed. "
+        "Compiled blocks (pipe.transformer.compile_repeated_blocks()) need fewer launches."
     )
 
 

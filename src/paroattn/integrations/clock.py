@@ -22,6 +22,7 @@ class TransformerClock:
 
     Attributes:
         seconds: so far; on CUDA until the device has finished.
+        launch_seconds: of these, until the modules returned: what the CPU took to hand a GPU its work.
 
     Example:
         >>> with TransformerClock(module := nn.Linear(4, 4)) as clock:
@@ -32,7 +33,7 @@ class TransformerClock:
 
     def __init__(self, *modules: nn.Module):
         self._modules = modules
-        self.seconds = 0.0
+        self.seconds = self.launch_seconds = 0.0
         self._start = 0.0
         self._hooks: list[Any] = []
 
@@ -54,6 +55,7 @@ class TransformerClock:
         self._start = self._now()
 
     def _end(self, *_: object) -> None:
+        self.launch_seconds += time.perf_counter() - self._start
         self.seconds += self._now() - self._start
 
     def _now(self) -> float:
