@@ -174,4 +174,4 @@ def test_indices_that_are_parts_of_larger_ones_start_where_kernels_expect_them()
     for number in range(4):
         layer = replace(LAYER, order_index=every[0][number], mask_index=every[1][:, number])
         op = paroattn.prepare(layer, device="cpu", dtype=torch.float32)
-        assert [x.data_ptr() % 16 for x in (op._order_index, op._mask_index, op._orders, op._mask_table)] == [0] * 4
+        assert [x.data_ptr() % 16 for x in op._layer[:4]] == [0] * 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,14 +109,11 @@ class Runner:
         """
         from tqdm.auto import tqdm
 
-        kinds: dict[tuple[Any, ...], LayerRunner] = {}
-        for layer in self.layers:
-            kinds.setdefault(layer.kind, layer)
+        operators = (layer.make_ready(dtype) for layer in self.layers)
+        # Other backends have none to build.
+        kinds = {operator.kind: operator for operator in operators if operator.backend == "triton"}
         bucket = torch.zeros((), dtype=torch.int64, device=self._device)
-        for layer in tqdm(kinds.values(), desc="building kernels", delay=1, leave=False):
-            operator = layer.make_ready(dtype)
-            if operator.backend != "triton":  # others have none to build
-                continue
+        for operator in tqdm(kinds.values(), desc="building kernels", delay=1, leave=False):
             try:
                 nothing = torch.zeros(1, tokens, operator.layer_plan.heads, head_dim, dtype=dtype, device=self._device)
                 operator(nothing, nothing, nothing, bucket=bucket)
@@ -184,13 +181,6 @@ class LayerRunner:
         self._takes_text = grid is not None and grid.text_tokens > 0
         self._backend = backend
         self._operator: PreparedAttention | None = None
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What decides which kernels its calls need: precisions of the heads, and the parts that its plan has."""
-        plan = self._layer_plan
-        compensates = plan.compensate is not None and bool(plan.compensate.any())
-        return plan.precisions, plan.orders is None, plan.mask_table is None, compensates
 
     def make_ready(self, dtype: torch.dtype, scale: float | None = None) -> PreparedAttention:
         """The operator for a dtype, made unless it is there."""

@@ -249,8 +249,8 @@ class _PairRun:
         with self._applied(variant) as applied:
             with TransformerClock(*Pipeline(self._model.pipe).transformers) as clock, FinalLatents(scheduler) as final:
                 frames = self._model.generate(self._prompt, self._seed)
-            result: dict[str, Any] = {"seconds": clock.seconds, "density": 1.0}
-            result["launch_seconds"] = clock.launch_seconds
+            times = {"seconds": clock.seconds, "launch_seconds": clock.launch_seconds}
+            result: dict[str, Any] = {**times, "density": 1.0}
             if number:
                 result["density"] = applied.density if variant.plan is None else variant.plan.density()
         if number:

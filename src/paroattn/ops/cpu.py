@@ -7,16 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from paroattn.block_mask import BLOCK
 from paroattn.errors import InputError
-from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat, with_adjacent_channels
+from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat, is_traced
 from paroattn.quantize import PQuantization, Precision
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
@@ -75,11 +73,9 @@ def unsupported(kind: CallKind) -> str | None:
 
 def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
-    if torch.compiler.is_compiling() or type(inputs.query) is not Tensor or _get_current_dispatch_mode() is not None:
+    if is_traced(inputs.query):
         return torch.ops.paroattn.cpu_attention(*inputs.flat())
-    # Nobody is tracing: an operator's way through the dispatcher takes a tenth of a millisecond.
-    query, key, value = (with_adjacent_channels(x.detach()) for x in (inputs.query, inputs.key, inputs.value))
-    return _attend(replace(inputs, query=query, key=key, value=value))
+    return _attend(inputs.readable())
 
 
 @torch.library.custom_op(

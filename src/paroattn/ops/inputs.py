@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from paroattn.block_mask import BLOCK, BlockMask
 from paroattn.errors import InputError
@@ -75,16 +76,14 @@ class AttentionInputs:
             mask = BlockMask(bits, mask.tokens, mask.block_q, mask.block_kv)
         if compensate is not None and bucket is not None:
             compensate = compensate.index_select(0, bucket)[0]
-        return AttentionInputs(
-            self.query,
-            self.key,
-            self.value,
-            permutation,
-            mask,
-            self.precisions,
-            compensate,
-            self.key_mask,
-            self.scale,
+        return replace(
+            self,
+            permutation=permutation,
+            block_mask=mask,
+            compensate=compensate,
+            order_index=None,
+            mask_index=None,
+            bucket=None,
         )
 
     @property
@@ -95,10 +94,18 @@ class AttentionInputs:
     def kind(self) -> CallKind:
         return CallKind(self.precisions, self.query.device, self.query.dtype, self.block_shape)
 
+    def readable(self) -> AttentionInputs:
+        """The same as kernels read it: without gradients, every tensor's channels side by side in memory."""
+        query, key, value = (with_adjacent_channels(x.detach()) for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
+
     def flat(self) -> tuple[Any, ...]:
         """As operators of torch take it (`FLAT_SCHEMA`), every tensor's channels side by side in memory."""
+        readable = self.readable()
         return (
-            *(with_adjacent_channels(x.detach()) for x in (self.query, self.key, self.value)),
+            readable.query,
+            readable.key,
+            readable.value,
             self.permutation,
             None if self.block_mask is None else self.block_mask.bits,
             list(self.block_shape),
@@ -146,6 +153,14 @@ def parsed_precisions(precisions: str) -> tuple[Precision, ...]:
 def with_adjacent_channels(x: Tensor) -> Tensor:
     """The tensor with its channels side by side in memory, copied if they are not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether somebody looks at what is done with a tensor, and needs an operator of torch.
+
+    Otherwise backends do without one: its way through the dispatcher takes a tenth of a millisecond.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 def check_layout(tensor_layout: str) -> None:

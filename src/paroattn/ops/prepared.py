@@ -87,34 +87,32 @@ class PreparedAttention:
         self.tensor_layout = tensor_layout
         self.scale = scale
         self.backend = name_of_choice(backend, kind_of_calls(layer_plan, device, dtype))
-        orders, order_index, heads = layer_plan.orders, layer_plan.order_index, layer_plan.heads
+        orders, order_index = layer_plan.orders, layer_plan.order_index
         if orders is not None and order_index is None and orders.numel() == orders.shape[-1]:  # one for all heads
-            orders, order_index = orders.view(1, -1), torch.zeros(heads)
-        self._orders = _moved(orders, device, torch.int32)
-        self._order_index = _moved(order_index, device, torch.int32)
-        self._mask_table = _moved(layer_plan.mask_table, device)
-        self._mask_index = _moved(layer_plan.mask_index, device, torch.int32)
-        compensates = layer_plan.compensate is not None and bool(layer_plan.compensate.any())
-        self._compensate = _moved(layer_plan.compensate, device) if compensates else None
-        self._precisions = ",".join(map(str, layer_plan.precisions))
-        grid = layer_plan.grid
+            orders, order_index = orders.view(1, -1), torch.zeros(layer_plan.heads)
+        compensate, grid = layer_plan.compensate, layer_plan.grid
         # As an operator takes them: frames, height and width do not matter here.
-        self._tokens = [-1, 0, 0] if layer_plan.tokens is None else [layer_plan.tokens, 0, 0]
+        tokens = [-1, 0, 0] if layer_plan.tokens is None else [layer_plan.tokens, 0, 0]
         if grid is not None:
-            self._tokens = [grid.visual_tokens, grid.text_tokens, 1 if grid.text_position == "prefix" else 2]
+            tokens = [grid.visual_tokens, grid.text_tokens, 1 if grid.text_position == "prefix" else 2]
         # What `planned_attention` takes after a call's own tensors.
         self._layer: tuple[Any, ...] = (
-            self._orders,
-            self._order_index,
-            self._mask_table,
-            self._mask_index,
-            self._compensate,
-            self._tokens,
+            _moved(orders, device, torch.int32),
+            _moved(order_index, device, torch.int32),
+            _moved(layer_plan.mask_table, device),
+            _moved(layer_plan.mask_index, device, torch.int32),
+            None if compensate is None or not compensate.any() else _moved(compensate, device),
+            tokens,
             [layer_plan.block_q, layer_plan.block_kv],
-            self._precisions,
+            ",".join(map(str, layer_plan.precisions)),
             scale,
             self.backend,
         )
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides which kernels its calls need: precisions of the heads, and the tables that its plan has."""
+        return self.layer_plan.precisions, *(x is None for x in self._layer[:5])
 
     def fits(self, query: Tensor, scale: float | None) -> bool:
         """Whether it was prepared for queries like this one."""

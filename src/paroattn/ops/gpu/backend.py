@@ -5,12 +5,11 @@ On Hopper, a kernel in CUDA takes part (hopper.py). The kernels are imported wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from paroattn.block_mask import BLOCK
 from paroattn.ops.gpu import device, hopper
@@ -20,6 +19,7 @@ from paroattn.ops.inputs import (
     CallKind,
     Repeat,
     from_flat,
+    is_traced,
     with_adjacent_channels,
 )
 from paroattn.quantize import PQuantization
@@ -92,11 +92,9 @@ def attend(inputs: AttentionInputs, rotary: Rotary | None = None) -> tuple[Tenso
     rotary: applied to query and key first, if given.
     """
     turned = (None, None, "") if rotary is None else (rotary.cos, rotary.sin, rotary.pairs)
-    if _is_traced(inputs.query):
+    if is_traced(inputs.query):
         return torch.ops.paroattn.triton_attention(*inputs.looked_up().flat(), *turned)
-    # Nobody is tracing: an operator's way through the dispatcher takes as long as the launches.
-    query, key, value = (with_adjacent_channels(x.detach()) for x in (inputs.query, inputs.key, inputs.value))
-    return _attend(replace(inputs, query=query, key=key, value=value), *turned)
+    return _attend(inputs.readable(), *turned)
 
 
 def _attend(inputs: AttentionInputs, cos: Tensor | None, sin: Tensor | None, pairs: str) -> tuple[Tensor, Tensor]:
@@ -128,7 +126,7 @@ def repeater(inputs: AttentionInputs) -> Repeat | None:
         assert query is not None
         assert bucket is not None
         tensors = [x for x in given if x is not None]
-        if _is_traced(query) or bucket.dtype != torch.int64 or any(x.data_ptr() % ALIGNED for x in tensors):
+        if is_traced(query) or bucket.dtype != torch.int64 or any(x.data_ptr() % ALIGNED for x in tensors):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return None
@@ -151,10 +149,6 @@ def _is_read_as_it_is(inputs: AttentionInputs) -> bool:
         and all(x is None or x.is_contiguous() for x in whole)
         and all(x is None or x.dtype == torch.int32 for x in integers)
     )
-
-
-def _is_traced(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 @torch.library.custom_op(

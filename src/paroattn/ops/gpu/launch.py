@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from paroattn.ops.gpu.device import INTERPRETED, on_device_of
 from paroattn.ops.gpu.pack import Call, Heads, Lists, Packed
 from paroattn.ops.gpu.recording import ALIGNED, Recording
 
-recordings: OrderedDict[tuple[Any, ...], Recording] = OrderedDict()
-"""Of the kinds of calls seen last."""
+recordings: dict[tuple[Any, ...], Recording] = {}
+"""Of the kinds of calls seen."""
 _MOST_RECORDINGS = 256
 
 
@@ -40,9 +39,9 @@ def run(output: Tensor, lse: Tensor, call: Call, count_visits: bool = False) -> 
         call.recording = Recording(tensors)
         _run(output, lse, call, count_visits)
         call.recording.finish()
+        if len(recordings) >= _MOST_RECORDINGS:
+            recordings.clear()
         recordings[kind] = call.recording
-        while len(recordings) > _MOST_RECORDINGS:
-            recordings.popitem(last=False)
     return []
 
 
