@@ -67,8 +67,8 @@ def test_the_check_knows_what_compensation_computes():
     arguments = {"permutation": inputs.order, "block_mask": mask}
     for compensate in (True, False):
         output = paroattn.attention(*tensors, **arguments, compensate=compensate)
-        assert inputs._error(output, tensors, mask, compensate) < 1e-6
-        assert inputs._error(output, tensors, mask, not compensate) > 0.1
+        assert inputs._error(output, tensors, mask, inputs.blocks, inputs.order, compensate) < 1e-6
+        assert inputs._error(output, tensors, mask, inputs.blocks, inputs.order, not compensate) > 0.1
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
@@ -118,13 +118,13 @@ def test_bad_arguments_end_with_one_line(arguments, message):
 
 
 def test_masks_may_have_rows_of_128_queries():
-    inputs = bench._Inputs(Shape(300, 2, 16), 0, torch.device("cpu"), block_q=128)
+    inputs = bench._Inputs(Shape(300, 2, 16), 0, torch.device("cpu"), blocks=(128, 64))
     mask = inputs.mask(0.6, unequal=False)
     assert mask.shape == (2, 3, 5)
     tensors = inputs.tensors[torch.float32]
     block_mask = paroattn.BlockMask.from_dense(mask, 300, 128)
     output = paroattn.attention(*tensors, permutation=inputs.order, block_mask=block_mask)
-    assert inputs._error(output, tensors, mask, compensate=False) < 1e-6
+    assert inputs._error(output, tensors, mask, inputs.blocks, inputs.order) < 1e-6
 
 
 def test_rooflines_are_those_of_the_gpu(monkeypatch):
@@ -144,9 +144,28 @@ def test_peers_that_are_missing_or_refuse_are_left_out(caplog):
         raise RuntimeError("no kernel for this\nand a long story")
 
     tensors = [torch.zeros(1, 1, 4, 4)] * 3
-    assert Peer("missing", "no_such_package", None, refuse).call(*tensors, None) is None
+    assert Peer("missing", "no_such_package.part", refuse).call(*tensors, None, (64, 64)) is None
     assert not caplog.records
-    assert Peer("refusing", "torch", None, refuse).call(*tensors, None) is None
+    assert Peer("refusing", "torch", refuse).call(*tensors, None, (64, 64)) is None
     assert caplog.messages == ["refusing is left out: no kernel for this"]
-    found = Peer("math", "torch", None, functools.partial(sdpa, "MATH")).call(*tensors, None)
+    found = Peer("math", "torch", functools.partial(sdpa, "MATH")).call(*tensors, None, (64, 64))
     assert torch.equal(found(), tensors[0])
+
+
+def test_peers_get_masks_in_blocks_of_their_own():
+    mask = torch.tensor([[[True, False], [False, True]]])
+    given = []
+    tensors = [torch.zeros(1, 1, 200, 4)] * 3
+
+    def prepare(*arguments):
+        given.append(arguments[3:])
+        return lambda: arguments[0]
+
+    small = Peer("small", "torch", prepare, ((128, 64), (64, 64)))
+    assert small.takes((128, 128))
+    assert not small.takes((32, 32))
+    small.call(*tensors, mask, (128, 128))
+    ((own, blocks),) = given
+    assert blocks == (128, 64)
+    # 200 tokens have two blocks of 128 and four of 64.
+    assert own.tolist() == [[[True, True, False, False], [False, False, True, True]]]

@@ -6,6 +6,7 @@ python lab/benchmarks/gpu/attention.py --output FILE.jsonl [--shape cogvideox] [
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from paroattn_lab.records import write_records
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--density", action="append", type=float, help="default: 1, 0.5, 0.3 and 0.2; may be repeated")
     parser.add_argument("--precision", action="append", help="default: exact, int8 and int8/fp8; may be repeated")
     parser.add_argument("--block-q", type=int, default=64)
+    parser.add_argument("--block-kv", type=int, default=64, help="128: masks that every installed peer can take")
+    parser.add_argument("--heads", type=int, help="fewer than the model has")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, which compiles for a while")
     parser.add_argument("--output", type=Path, required=True, help="write the records to this file")
@@ -34,13 +37,14 @@ def main() -> None:
     records = []
     for name in arguments.shape or list(SHAPES)[:2]:
         records += bench_attention(
-            SHAPES[name],
+            replace(SHAPES[name], heads=arguments.heads or SHAPES[name].heads),
             arguments.density or (1.0, 0.5, 0.3, 0.2),
             arguments.precision or ("exact", "int8", "int8/fp8"),
             backend="triton",
             rounds=arguments.rounds,
             flex=arguments.flex,
             block_q=arguments.block_q,
+            block_kv=arguments.block_kv,
             progress=False,
         )
         write_records(records, arguments.output)  # what was measured stays if a later shape fails

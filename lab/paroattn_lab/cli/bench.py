@@ -63,6 +63,7 @@ def _densities(default: tuple[float, ...], help: str) -> Any:
 @click.option("--compensate", is_flag=True, help="Also with skipped blocks approximated by their means.")
 @click.option("--flex/--no-flex", default=True, show_default=True, help="Also time compiled FlexAttention.")
 @click.option("--block-q", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Queries per block.")
+@click.option("--block-kv", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Keys per block.")
 @path_option("--output", "Write the records to this file.")
 @seed_option
 @backend_option
@@ -73,6 +74,7 @@ def bench_attention(
     head_dim: int,
     batch: int,
     block_q: str,
+    block_kv: str,
     output: Path | None,
     as_json: bool,
     **settings: Any,
@@ -91,7 +93,7 @@ def bench_attention(
 
     shape = Shape(tokens, heads, head_dim, batch)
     try:
-        records = run(shape, block_q=int(block_q), progress=not as_json, **settings)
+        records = run(shape, block_q=int(block_q), block_kv=int(block_kv), progress=not as_json, **settings)
     except ArithmeticError as error:
         raise click.ClickException(str(error)) from error
     _finish(records, attention_table, output, as_json)

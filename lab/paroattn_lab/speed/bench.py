@@ -27,7 +27,7 @@ from paroattn.order import AXIS_ORDERS, token_order
 from paroattn.plan import LayerPlan
 from paroattn.quantize import Precision
 from paroattn_lab.records import environment
-from paroattn_lab.speed.peers import GPU_PEERS, Peer, flex_attention, sdpa
+from paroattn_lab.speed.peers import GPU_PEERS, Blocks, Peer, flex_attention, refined, sdpa
 from paroattn_lab.speed.roofline import gpu_rooflines
 from paroattn_lab.speed.rounds import interleaved, median_and_spread, paired_ratio
 
@@ -86,6 +86,7 @@ def bench_attention(
     flex: bool = True,
     compensate: bool = False,
     block_q: int = BLOCK,
+    block_kv: int = BLOCK,
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def bench_attention(
     Every head has one of the six axis orders and a random mask of exactly the wanted density. On a CPU, inputs are
     float32, and bfloat16 for the precision "bf16"; SDPA runs in both. On a GPU they are bfloat16, and the peers of
     `paroattn_lab.speed.peers` that are installed run too. Ratios refer to the fastest dense attention of a round.
-    FlexAttention gets the same mask and needs no reordering.
+    Peers that take masks get the same one, and no orders.
 
     Args:
         shape: size of the inputs.
@@ -105,7 +106,8 @@ def bench_attention(
         unequal: spread the heads' densities linearly from half to one and a half times the wanted density.
         flex: also time FlexAttention, which compiles for some seconds.
         compensate: also time the operator with compensation of skipped blocks, where there are any.
-        block_q: queries per block of the masks, 64 or 128.
+        block_q, block_kv: queries and keys per block of the masks, 64 or 128; the operator, whose blocks have 64 keys,
+            takes one of 128 as two. Some peers take only masks of 128 x 128.
         seed: of inputs and masks.
         progress: show a bar on stderr.
 
@@ -119,7 +121,7 @@ def bench_attention(
     for density in densities:
         check_density(density)
     parsed = [Precision.parse(name) for name in precisions]
-    inputs = _Inputs(shape, seed, _device_of(backend, parsed), block_q)
+    inputs = _Inputs(shape, seed, _device_of(backend, parsed), (block_q, block_kv))
     contenders = inputs.dense_contenders()
     dense_count = len(contenders)
     for density in densities:
@@ -139,6 +141,7 @@ def bench_attention(
         "kind": "attention",
         **asdict(shape),
         "block_q": block_q,
+        "block_kv": block_kv,
         "unequal": unequal,
         "rounds": rounds,
         **environment(inputs.device),
@@ -214,8 +217,8 @@ def _prologue_ms(call: Callable[[], float]) -> dict[str, float]:
 class _Inputs:
     """Random inputs of one shape on a device, and the contenders that use them."""
 
-    def __init__(self, shape: Shape, seed: int, device: torch.device, block_q: int = BLOCK):
-        self.shape, self.device, self.block_q = shape, device, block_q
+    def __init__(self, shape: Shape, seed: int, device: torch.device, blocks: Blocks = (BLOCK, BLOCK)):
+        self.shape, self.device, self.blocks = shape, device, blocks
         self.generator = torch.Generator().manual_seed(seed)
         size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
         own = torch.Generator(device).manual_seed(seed)
@@ -234,7 +237,7 @@ class _Inputs:
         tokens, heads, head_dim = self.shape.tokens, self.shape.heads, self.shape.head_dim
         scores = contender.density * self.shape.batch * heads * tokens**2
         tflops = 4e-12 * scores * head_dim / statistics.median(times)
-        parsed = Precision.parse(contender.precision) if contender.method == "paroattn" else Precision()
+        parsed = Precision() if contender.precision == "fp32" else Precision.parse(contender.precision)
         return {"tflops": tflops, **gpu_rooflines(parsed, scores, head_dim, self.device)}
 
     def dense_contenders(self) -> list[Contender]:
@@ -244,33 +247,35 @@ class _Inputs:
                 Contender("sdpa", name, 1.0, None, _untimed(sdpa(None, *self.tensors[dtype])))
                 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
             ]
-        return self._peers([peer for peer in GPU_PEERS if peer.block_q is None], 1.0, None)
+        return self._peers([peer for peer in GPU_PEERS if not peer.blocks], 1.0, None)
 
     def sparse_peers(self, density: float, mask: Tensor, with_flex: bool) -> list[Contender]:
         """Attention of others with the same mask, which takes more than one block of queries to be one."""
         if self.device.type == "cpu":
-            if not with_flex or self.block_q != BLOCK:
+            if not with_flex or self.blocks != (BLOCK, BLOCK):
                 return []
-            return [
-                Contender("flex", "fp32", density, None, _untimed(flex_attention(*self.tensors[torch.float32], mask)))
-            ]
-        chosen = [peer for peer in GPU_PEERS if peer.block_q == self.block_q and (with_flex or peer.method != "flex")]
+            call = flex_attention(*self.tensors[torch.float32], mask, self.blocks)
+            return [Contender("flex", "fp32", density, None, _untimed(call))]
+        chosen = [peer for peer in GPU_PEERS if peer.takes(self.blocks) and (with_flex or peer.method != "flex")]
         return self._peers(chosen, density, mask.to(self.device))
 
     def _peers(self, peers: Sequence[Peer], density: float, mask: Tensor | None) -> list[Contender]:
+        """The peers that are installed and take these inputs, each with its error."""
         found = []
+        tensors = self.tensors[torch.bfloat16]
         for peer in peers:
-            call = peer.call(*self.tensors[torch.bfloat16], mask)
+            call = peer.call(*tensors, mask, self.blocks)
             if call is not None:
-                found.append(Contender(peer.method, "bf16", density, None, _untimed(call)))
+                error = self._error(call(), tensors, mask, self.blocks)
+                found.append(Contender(peer.method, peer.precision, density, None, _untimed(call), error=error))
         return found
 
     def mask(self, density: float, unequal: bool) -> Tensor:
         """Bool [H, rows, columns] with the diagonal and, beside it, blocks at random."""
-        heads = self.shape.heads
-        rows, columns = (block_count(self.shape.tokens, block) for block in (self.block_q, BLOCK))
+        heads, (block_q, block_kv) = self.shape.heads, self.blocks
+        rows, columns = (block_count(self.shape.tokens, block) for block in self.blocks)
         score = torch.rand(heads, rows, columns, generator=self.generator)
-        score[:, torch.arange(rows), torch.arange(rows) * self.block_q // BLOCK] = 2
+        score[:, torch.arange(rows), torch.arange(rows) * block_q // block_kv] = 2
         mask = torch.zeros(heads, rows * columns, dtype=torch.bool)
         for head in range(heads):
             share = density * (0.5 + head / (heads - 1)) if unequal and heads > 1 else density
@@ -285,7 +290,8 @@ class _Inputs:
         on_gpu = self.device.type == "cuda"
         dtype = torch.bfloat16 if str(precision) == "bf16" or on_gpu else torch.float32
         whole = bool(mask.all())
-        heads, tokens = self.shape.heads, self.shape.tokens
+        heads, tokens, block_q = self.shape.heads, self.shape.tokens, self.blocks[0]
+        mask = refined(mask, self.blocks, (block_q, BLOCK), tokens)
         plan = LayerPlan(
             precisions=(precision,) * heads,
             orders=self.order,
@@ -293,11 +299,11 @@ class _Inputs:
             mask_index=None if whole else torch.arange(heads, dtype=torch.int32).unsqueeze(0),
             compensate=torch.ones(1, heads, dtype=torch.bool) if compensate else None,
             tokens=tokens,
-            block_q=self.block_q,
+            block_q=block_q,
         )
         op = prepare(plan, device=self.device, dtype=dtype, tensor_layout="HND", backend=backend)
         tensors, bucket = self.tensors[dtype], torch.tensor(0, device=self.device)
-        error = self._error(op(*tensors, bucket=bucket), tensors, mask, compensate)
+        error = self._error(op(*tensors, bucket=bucket), tensors, mask, (block_q, BLOCK), self.order, compensate)
         limits = _GPU_ERROR_LIMITS if on_gpu else _ERROR_LIMITS
         limit = max(limits[precision.qk], limits[precision.pv])
         if not error <= limit:
@@ -321,7 +327,7 @@ class _Inputs:
 
         found = [contender(True, _untimed(op, *tensors, bucket=bucket))]
         if chosen is cpu:
-            block_mask = None if whole else BlockMask.from_dense(mask, tokens, self.block_q)
+            block_mask = None if whole else BlockMask.from_dense(mask, tokens, block_q)
             scale = self.shape.head_dim**-0.5
             flags = None if plan.compensate is None else plan.compensate[0]
             inputs = AttentionInputs(*tensors, self.order, block_mask, plan.precisions, flags, None, scale)
@@ -334,24 +340,37 @@ class _Inputs:
             found.append(contender(False, without_prologue))
         return found
 
-    def _error(self, output: Tensor, tensors: Sequence[Tensor], mask: Tensor, compensate: bool) -> float:
+    def _error(
+        self,
+        output: Tensor,
+        tensors: Sequence[Tensor],
+        mask: Tensor | None,
+        blocks: Blocks,
+        orders: Tensor | None = None,
+        compensate: bool = False,
+    ) -> float:
         """Relative L2 error of a quarter of the rows of blocks, at most 8 per head, against float64."""
+        tokens, (block_q, block_kv) = self.shape.tokens, blocks
+        if orders is None:
+            orders = torch.arange(tokens).expand(self.shape.heads, -1)
+        if mask is None:
+            mask = torch.ones(self.shape.heads, *(block_count(tokens, size) for size in blocks), dtype=torch.bool)
         rows = range(0, mask.shape[1], max(4, mask.shape[1] // 8))
         difference = norm = 0.0
         mask = mask.to(self.device)
-        for head, order in enumerate(self.order.to(self.device)):
+        for head, order in enumerate(orders.to(self.device)):
             query, key, value = (x[0, head].double()[order] for x in tensors)
-            mean_key, mean_value = (torch.stack([x.mean(0) for x in tensor.split(BLOCK)]) for tensor in (key, value))
-            sizes = torch.tensor([len(part) for part in order.split(BLOCK)], device=self.device)
+            mean_key, mean_value = (torch.stack([x.mean(0) for x in y.split(block_kv)]) for y in (key, value))
+            sizes = torch.tensor([len(part) for part in order.split(block_kv)], device=self.device)
             for row in rows:
-                tokens = slice(row * self.block_q, (row + 1) * self.block_q)
+                own = slice(row * block_q, (row + 1) * block_q)
                 skipped = ~mask[head, row] & compensate
-                kept = mask[head, row].repeat_interleave(BLOCK)[: len(order)]
+                kept = mask[head, row].repeat_interleave(block_kv)[:tokens]
                 keys, values = torch.cat((key[kept], mean_key[skipped])), torch.cat((value[kept], mean_value[skipped]))
                 counts = torch.cat((torch.ones_like(keys[: int(kept.sum()), 0]), sizes[skipped])).double()
-                logits = query[tokens] @ keys.T * self.shape.head_dim**-0.5 + counts.log()
+                logits = query[own] @ keys.T * self.shape.head_dim**-0.5 + counts.log()
                 expected = logits.softmax(-1) @ values
-                difference += float((output[0, head].double()[order[tokens]] - expected).square().sum())
+                difference += float((output[0, head].double()[order[own]] - expected).square().sum())
                 norm += float(expected.square().sum())
         return math.sqrt(difference / norm)
 

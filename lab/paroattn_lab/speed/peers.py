@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from paroattn.block_mask import BLOCK, BlockMask
-from paroattn.errors import InputError
+from paroattn.block_mask import BlockMask, block_count
 
 logger = logging.getLogger(__name__)
 Call = Callable[[], Tensor]
+Blocks = tuple[int, int]  # queries and keys per block of a mask
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,57 @@ class Peer:
     Attributes:
         method: its name in records.
         package: what has to be installed.
-        block_q: queries per block of the masks it takes, or None where it takes none.
-        prepare: makes the call from query, key, value [1, H, N, D] and a bool mask [H, q blocks, kv blocks] or None.
+        prepare: makes the call from query, key, value [B, H, N, D] and, where it takes masks, a bool mask
+            [H, q blocks, kv blocks] and the tokens per block.
+        blocks: tokens per block of the masks that it takes, as (queries, keys), the shapes with the largest first;
+            none where it takes no masks.
+        precision: number formats of its products.
     """
 
     method: str
     package: str
-    block_q: int | None
-    prepare: Callable[[Tensor, Tensor, Tensor, Tensor | None], Call]
+    prepare: Callable[..., Call]
+    blocks: tuple[Blocks, ...] = ()
+    precision: str = "bf16"
 
-    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call | None:
+    def takes(self, blocks: Blocks) -> bool:
+        """Whether masks of such blocks can be written in blocks of its own."""
+        return self._own(blocks) is not None
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks) -> Call | None:
         """The call, tried once; None, with a line in the log, where it is missing or does not take these inputs."""
-        if importlib.util.find_spec(self.package) is None:
+        if not _is_installed(self.package):
             return None
+        own = self._own(blocks)
+        masked = () if mask is None or own is None else (refined(mask, blocks, own, query.shape[2]), own)
         try:
-            call = self.prepare(query, key, value, mask)
+            call = self.prepare(query, key, value, *masked)
             call()
         except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             logger.warning("%s is left out: %s", self.method, str(error).partition("\n")[0])
             return None
         return call
 
+    def _own(self, blocks: Blocks) -> Blocks | None:
+        fitting = (own for own in self.blocks if all(size % part == 0 for size, part in zip(blocks, own, strict=True)))
+        return next(fitting, None)
 
-def sdpa(kernel: str | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Call:
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # what holds it is missing
+        return False
+
+
+def refined(mask: Tensor, blocks: Blocks, parts: Blocks, tokens: int) -> Tensor:
+    """The same mask [H, q blocks, kv blocks] in smaller blocks, whose sizes divide those of the blocks."""
+    for dim, (size, part) in enumerate(zip(blocks, parts, strict=True), start=1):
+        mask = mask.repeat_interleave(size // part, dim).narrow(dim, 0, block_count(tokens, part))
+    return mask.contiguous()
+
+
+def sdpa(kernel: str | None, query: Tensor, key: Tensor, value: Tensor) -> Call:
     """PyTorch's dense attention by one of its kernels, named as in `torch.nn.attention.SDPBackend`, or its choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,66 +90,130 @@ def sdpa(kernel: str | None, query: Tensor, key: Tensor, value: Tensor, mask: Te
     return call
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, blocks: Blocks) -> Call:
     """FlexAttention, compiled, with the mask's blocks as full blocks."""
     from torch.nn.attention import flex_attention as flex
 
-    if mask is None:
-        raise InputError("FlexAttention is timed with a mask")
-    tokens = query.shape[2]
-    block_q = BLOCK * -(-mask.shape[2] // mask.shape[1])
-    flex_mask = BlockMask.from_dense(mask, tokens, block_q).to_flex(query.device)
+    flex_mask = BlockMask.from_dense(mask, query.shape[2], *blocks).to_flex(query.device)
     compiled: Callable[..., Any] = torch.compile(flex.flex_attention)
     # Its own choice of tiles for GPUs may be larger than the mask's blocks, which it then refuses.
-    tiles = {"BLOCK_M": block_q, "BLOCK_N": BLOCK} if query.device.type == "cuda" else None
+    tiles = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1]} if query.device.type == "cuda" else None
     return lambda: compiled(query, key, value, block_mask=flex_mask, kernel_options=tiles)
 
 
-def _flash_attn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
+def _flash_attn(query: Tensor, key: Tensor, value: Tensor) -> Call:
     from flash_attn import flash_attn_func
 
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    query, key, value = _tokens_first(query, key, value)
     return lambda: flash_attn_func(query, key, value).transpose(1, 2)
 
 
-def _sage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
+def _flash_attn_3(query: Tensor, key: Tensor, value: Tensor) -> Call:
+    from fa3_fwd_interface import flash_attn_func
+
+    query, key, value = _tokens_first(query, key, value)
+    return lambda: flash_attn_func(query, key, value).transpose(1, 2)
+
+
+def _flash_attn_3_fp8(query: Tensor, key: Tensor, value: Tensor) -> Call:
+    from fa3_fwd_interface import flash_attn_func
+
+    tensors = _tokens_first(query, key, value)
+    return lambda: flash_attn_func(*(x.to(torch.float8_e4m3fn) for x in tensors)).transpose(1, 2)
+
+
+def _flash_attn_4(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, blocks: Blocks | None = None
+) -> Call:
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    query, key, value = _tokens_first(query, key, value)
+    kept = None
+    if mask is not None:
+        numbers, columns = _kept_blocks(mask)
+        numbers, columns = (x.unsqueeze(0).expand(len(query), *x.shape) for x in (numbers, columns))
+        # Blocks that are masked in part come first; there are none.
+        kept = BlockSparseTensorsTorch(torch.zeros_like(numbers), columns[..., :1], numbers, columns, block_size=blocks)
+
+    def call() -> Tensor:
+        return flash_attn_func(query, key, value, block_sparse_tensors=kept)[0].transpose(1, 2)
+
+    return call
+
+
+def _sage(query: Tensor, key: Tensor, value: Tensor) -> Call:
     from sageattention import sageattn
 
     return lambda: sageattn(query, key, value, tensor_layout="HND")
 
 
-def _sparge(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
+def _sparge(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, blocks: Blocks) -> Call:
     from spas_sage_attn import block_sparse_sage2_attn_cuda
 
-    if mask is None:
-        raise InputError("SpargeAttn is timed with a mask")
-    mask_id = mask.unsqueeze(0).to(torch.int8)
+    own = (64, 128) if torch.cuda.get_device_capability() == (9, 0) else (128, 64)
+    mask_id = refined(mask, blocks, own, query.shape[2]).unsqueeze(0).to(torch.int8)
     return lambda: block_sparse_sage2_attn_cuda(query, key, value, mask_id=mask_id, tensor_layout="HND")
 
 
-def _flashinfer(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Call:
+def _flashinfer(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, blocks: Blocks) -> Call:
     from flashinfer.sparse import VariableBlockSparseAttentionWrapper
 
-    if mask is None:
-        raise InputError("FlashInfer is timed with a mask")
-    heads, tokens, head_dim = query.shape[1:]
+    tokens, head_dim = query.shape[2:]
+    mask = mask.repeat(len(query), 1, 1)  # it has no batch: heads of all are heads to it
+    heads = len(mask)
     wrapper = VariableBlockSparseAttentionWrapper(torch.empty(2**27, dtype=torch.uint8, device=query.device))
-    sizes = []
-    for blocks in mask.shape[1:]:
-        size = BLOCK * -(-mask.shape[2] // blocks)
-        own = torch.full((heads, blocks), size, dtype=torch.int32, device=query.device)
-        own[:, -1] = tokens - size * (blocks - 1)
-        sizes.append(own)
+    sizes = [_block_sizes(tokens, size, query.device).repeat(heads, 1) for size in blocks]
     wrapper.plan(mask, *sizes, heads, heads, head_dim, q_data_type=query.dtype)
-    return lambda: wrapper.run(query[0], key[0], value[0]).unsqueeze(0)
+    return lambda: wrapper.run(*(x.flatten(0, 1) for x in (query, key, value))).view_as(query)
 
 
+def _fastvideo(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, blocks: Blocks) -> Call:
+    from fastvideo_kernel import block_sparse_attn_from_indices
+
+    tokens = query.shape[2]
+    query, key, value = (pad(x, (0, 0, 0, -tokens % blocks[0])) for x in (query, key, value))
+    numbers, columns = (x.unsqueeze(0).repeat(len(query), *(1,) * x.ndim) for x in _kept_blocks(mask))
+    sizes = _block_sizes(tokens, blocks[1], query.device)
+    return lambda: block_sparse_attn_from_indices(query, key, value, columns, numbers, sizes)[0][:, :, :tokens]
+
+
+def _comfy(query: Tensor, key: Tensor, value: Tensor) -> Call:
+    from comfy_kitchen import int8_attention
+
+    return lambda: int8_attention(query, key, value)
+
+
+def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.transpose(1, 2).contiguous() for x in tensors)
+
+
+def _kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the number of kept blocks and, first in the row, their columns: int32 [H, R] and [H, R, C]."""
+    columns = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    return mask.sum(-1, dtype=torch.int32), columns.to(torch.int32)
+
+
+def _block_sizes(tokens: int, size: int, device: torch.device) -> Tensor:
+    """Tokens in each block, int32."""
+    sizes = torch.full((block_count(tokens, size),), size, dtype=torch.int32, device=device)
+    sizes[-1] = tokens - size * (len(sizes) - 1)
+    return sizes
+
+
+_ANY = ((128, 128), (128, 64), (64, 64))
 GPU_PEERS = (
-    Peer("sdpa flash", "torch", None, functools.partial(sdpa, "FLASH_ATTENTION")),
-    Peer("sdpa cudnn", "torch", None, functools.partial(sdpa, "CUDNN_ATTENTION")),
-    Peer("flash-attn", "flash_attn", None, _flash_attn),
-    Peer("sageattention", "sageattention", None, _sage),
-    Peer("flex", "torch", BLOCK, flex_attention),
-    Peer("flashinfer", "flashinfer", BLOCK, _flashinfer),
-    Peer("spargeattn", "spas_sage_attn", 2 * BLOCK, _sparge),
+    Peer("sdpa flash", "torch", functools.partial(sdpa, "FLASH_ATTENTION")),
+    Peer("sdpa cudnn", "torch", functools.partial(sdpa, "CUDNN_ATTENTION")),
+    Peer("flash-attn", "flash_attn_2_cuda", _flash_attn),
+    Peer("flash-attn-3", "fa3_fwd", _flash_attn_3),
+    Peer("flash-attn-3", "fa3_fwd", _flash_attn_3_fp8, precision="fp8"),
+    Peer("flash-attn-4", "flash_attn.cute", _flash_attn_4),
+    Peer("sageattention", "sageattention", _sage),
+    Peer("comfy-kitchen", "comfy_kitchen", _comfy, precision="int8"),
+    Peer("flex", "torch", flex_attention, _ANY),
+    Peer("flash-attn-4", "flash_attn.cute", _flash_attn_4, _ANY),
+    Peer("flashinfer", "flashinfer", _flashinfer, _ANY),
+    Peer("spargeattn", "spas_sage_attn", _sparge, ((128, 128),)),
+    Peer("fastvideo", "fastvideo_kernel", _fastvideo, ((64, 64),)),
 )
