@@ -10,6 +10,8 @@ import oracles
 import pytest
 import torch
 from attention_inputs import call_of, exact_attention, inputs, masks, over_nan, permutations
+from diffusers.models import embeddings
+from diffusers.models.transformers import transformer_ltx, transformer_qwenimage, transformer_wan
 from triton.runtime import interpreter
 
 import paroattn
@@ -18,9 +20,11 @@ from paroattn.block_mask import pack_bits, text_blocks
 from paroattn.calibration import gpu as calibration
 from paroattn.calibration import statistics
 from paroattn.calibration.kernels import skip_costs_of_heads
+from paroattn.integrations import rotary as model_rotary
+from paroattn.integrations.rebind import rebind
 from paroattn.ops import reference
 from paroattn.ops.backend import choose_backend
-from paroattn.ops.gpu import backend, configs, hopper, launch, pack
+from paroattn.ops.gpu import backend, configs, hopper, launch, pack, rotary
 from paroattn.ops.gpu.configs import Config, Kind
 from paroattn.ops.gpu.pack import Call
 from paroattn.ops.prepared import kind_of_calls
@@ -212,17 +216,119 @@ def test_single_steps_round_as_the_reference(monkeypatch, precision):
     assert oracles.relative_error(run(call)[0], expected) < 2**-11
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [2, 40, 128])
 @pytest.mark.parametrize("pairs", ["interleaved", "halves"])
-def test_rotary_embedding_is_applied_in_the_prologue(pairs):
-    tokens, head_dim = 70, 40
-    call = masked_call(half(inputs(tokens, heads=2, head_dim=head_dim)), "exact")
-    angle = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(0)) * 6
-    angle[-6:] = 0  # text
-    query, key = (oracles.rotated(x, angle, pairs) for x in (call.query, call.key))
-    exact, _ = exact_attention(dataclasses.replace(call, query=query, key=key))
-    turned, _ = backend.attend(call, backend.Rotary(angle.cos(), angle.sin(), pairs))
-    assert oracles.relative_error(turned, exact) < 2e-3
-    assert oracles.relative_error(run(call)[0], exact) > 0.1
+def test_rotary_embedding_turns_pairs_of_channels(pairs, head_dim, dtype):
+    """Of a tensor whose heads lie between others, by tables of which every other number is used."""
+    tokens = 70
+    whole = torch.randn(2, tokens, 3, 2, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = whole[:, :, 1]
+    angle = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(1)) * 6
+    tables = [table.repeat_interleave(2, -1).unsqueeze(0)[..., ::2] for table in (angle.cos(), angle.sin())]
+    rotation = rotary.Rotation(pairs, (tables[0],) * 2, (tables[1],) * 2)
+    assert rotary.takes(x, rotation)
+    expected = oracles.rotated(x.transpose(1, 2), angle, pairs).transpose(1, 2)
+    assert oracles.relative_error(rotary.rotate(x, rotation), expected) < (1e-6 if dtype == torch.float32 else 2**-11)
+
+
+def test_first_and_second_channels_have_their_own_angles():
+    x = torch.ones(1, 3, 1, 4)
+    tables = [torch.full((1, 3, 2), number) for number in (1.0, 10.0, 100.0, 1000.0)]
+    turned = rotary.rotate(x, rotary.Rotation("interleaved", tuple(tables[:2]), tuple(tables[2:])))
+    assert turned.flatten().tolist() == [1.0 - 100.0, 10.0 + 1000.0] * 6
+
+
+def angles_of(tokens, head_dim):
+    """Cosines and sines [N, D], each number twice, as diffusers keeps them, and [N, D / 2] as complex numbers."""
+    angle = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(2)) * 6
+    return [table.repeat_interleave(2, 1) for table in (angle.cos(), angle.sin())], torch.polar(angle * 0 + 1, angle)
+
+
+def flux(x):
+    return embeddings.apply_rotary_emb, (angles_of(x.shape[1], x.shape[3])[0],), {"sequence_dim": 1}
+
+
+def cogvideox(x):
+    return embeddings.apply_rotary_emb, (angles_of(x.shape[2], x.shape[3])[0],), {}
+
+
+def omnigen(x):
+    tables = [torch.cat((table[:, ::2],) * 2, 1) for table in angles_of(x.shape[2], x.shape[3])[0]]
+    return embeddings.apply_rotary_emb, (tables,), {"use_real_unbind_dim": -2}
+
+
+def lumina(x):
+    numbers = angles_of(x.shape[1], x.shape[3])[1]
+    return embeddings.apply_rotary_emb, (torch.stack((numbers, numbers.conj())),), {"use_real": False}
+
+
+def qwen(x):
+    return transformer_qwenimage.apply_rotary_emb_qwen, (angles_of(x.shape[1], x.shape[3])[1],), {"use_real": False}
+
+
+def ltx(x):
+    tables = [table.expand(len(x), -1, -1) for table in angles_of(x.shape[1], x.shape[2])[0]]
+    return transformer_ltx.apply_rotary_emb, (tables,), {}
+
+
+@pytest.mark.parametrize("family", [flux, cogvideox, omnigen, lumina, qwen, ltx])
+def test_rotary_embeddings_of_models_are_computed_by_the_kernel(family, monkeypatch):
+    monkeypatch.setattr(model_rotary, "_agreements", {})
+    shape = (2, 30, 64) if family is ltx else (2, 30, 5, 16) if family is not cogvideox else (2, 5, 30, 16)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    function, args, kwargs = family(x)
+    own = function(x, *args, **kwargs)
+    assert torch.equal(model_rotary.rotated(function, x, *args, **kwargs), own)
+    assert list(model_rotary._agreements.values()) == [True]
+    launches = []
+    rotate = rotary.rotate
+    monkeypatch.setattr(rotary, "rotate", lambda *given: launches.append(given) or rotate(*given))
+    turned = model_rotary.rotated(function, x, *args, **kwargs)
+    assert len(launches) == 1
+    assert turned.shape == own.shape
+    assert oracles.relative_error(turned, own) < 2**-11
+
+
+def test_a_rotary_embedding_that_computes_something_else_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(model_rotary, "_agreements", {})
+
+    def backwards(x, freqs, sequence_dim):
+        cos, sin = freqs
+        return embeddings.apply_rotary_emb(x, (cos, -sin), sequence_dim=sequence_dim)
+
+    x = torch.randn(1, 30, 2, 16).half()
+    _, args, kwargs = flux(x)
+    for _ in range(2):
+        assert torch.equal(model_rotary.rotated(backwards, x, *args, **kwargs), backwards(x, *args, **kwargs))
+    assert list(model_rotary._agreements.values()) == [False]
+    # What turns nothing says nothing about a function.
+    monkeypatch.setattr(model_rotary, "_agreements", {})
+    still = [torch.ones(30, 16), torch.zeros(30, 16)]
+    model_rotary.rotated(backwards, x, still, **kwargs)
+    assert not model_rotary._agreements
+
+
+def test_wans_processor_hands_its_rotary_embedding_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(model_rotary, "_agreements", {})
+    torch.manual_seed(0)
+    processor = transformer_wan.WanAttnProcessor()
+    attention = transformer_wan.WanAttention(dim=32, heads=2, dim_head=16, processor=processor)
+    cos, sin = (table.view(1, 30, 1, 16) for table in angles_of(30, 16)[0])
+    x = torch.randn(1, 30, 32)
+    own = attention(x, rotary_emb=(cos, sin))
+    calls = []
+
+    def intercept(call):
+        calls.append(call)
+        return call.dense()
+
+    attention.processor = rebind(attention.processor, intercept)
+    with torch.no_grad():
+        for _ in range(2):
+            assert oracles.relative_error(attention(x, rotary_emb=(cos, sin)), own) < 1e-6
+    assert list(model_rotary._agreements.values()) == [True]
+    assert oracles.relative_error(calls[1].query, calls[0].query) < 1e-6
 
 
 def test_prepared_layers_look_their_masks_up_by_bucket():
@@ -344,7 +450,7 @@ def test_costs_alone_are_off_by_no_more_than_the_rounding_of_p(block_q):
 
 def test_torch_accepts_the_operators():
     call = masked_call(half(inputs(70, heads=2)), ["int8", "exact"], compensate=[True, False])
-    torch.library.opcheck(torch.ops.paroattn.triton_attention, (*call.flat(), None, None, ""))
+    torch.library.opcheck(torch.ops.paroattn.triton_attention, call.flat())
     q, k = torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(0))
     torch.library.opcheck(torch.ops.paroattn.triton_block_sums, (q, k, permutations(2, 70).int(), 0.25))
 

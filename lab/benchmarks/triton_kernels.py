@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 
 from paroattn.block_mask import BLOCK
 from paroattn.calibration.gpu import kernels as calibration
-from paroattn.ops.gpu import configs, forward, hopper, prologue
+from paroattn.ops.gpu import configs, forward, hopper, prologue, rotary
 from paroattn.ops.gpu.configs import Config, Kind
 from paroattn.ops.gpu.device import SHARED_MEMORY, TARGETS
 from paroattn.quantize import HEAD_WIDTHS
@@ -253,33 +253,36 @@ _FLOATS = ["k_mean_ptr", "v_mean_ptr", "v_scale_ptr", "q_factor_ptr", "lse_shift
 _FLOATS += ["values_scale_ptr", "partial_ptr", "surrogate_ptr", "mean_v_ptr", "start_ptr", "taken_ptr"]
 _FLOATS += ["parts_ptr", "errors_ptr", "output_ptr"]
 _FLOATS += ["bias_ptr", "block_k_ptr", "block_v_ptr", "block_count_ptr", "lse_ptr", "sums_ptr"]
+_FLOATS += ["first_cos_ptr", "second_cos_ptr", "first_sin_ptr", "second_sin_ptr"]
 _INTEGERS = ["heads_ptr", "order_ptr", "orders_ptr", "counts_ptr", "indices_ptr", "slots_ptr", "rows_ptr"]
 _INTEGERS += ["lists_ptr", "ends_ptr"]
 _POINTERS = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INTEGERS, "*i32")
 _POINTERS |= dict.fromkeys(("order_index_ptr", "mask_index_ptr"), "*i32") | {"bucket_ptr": "*i64"}
 _POINTERS |= dict.fromkeys(("mask_ptr", "key_mask_ptr", "wanted_ptr"), "*u8")
-_POINTERS |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+_POINTERS |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "x_ptr", "out_ptr"), "*bf16")
 _POINTERS |= dict.fromkeys(("queries_ptr", "keys_ptr", "values_ptr"), "*i8") | {"scale": "fp32"}
 
 
 def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     """The kernels beside the forward, for INT8 and calibration: name -> kernel and constants."""
     size = {"HEAD_DIM": head_dim, "D": head_dim}
-    rotary = {"cos_ptr": None, "sin_ptr": None, "ROTARY": None}
     int8 = {"QK": "int8", "PV": "int8", "SWAPPED": True}
+    pairs = {"ROWS": rotary.rows_of(head_dim), "CHANNELS": head_dim, "WIDTH": head_dim}
     plain, in_records = {"RECORD": 0, "COLUMNS": 0}, {}
     if head_dim in hopper.PROGRAMS:
         layout = hopper.layout(head_dim, "int8")
         records = {"RECORD": layout.record, "COLUMNS": layout.columns}
-        in_records = {"pack_key_value, records": (prologue.pack_key_value, size | rotary | int8 | records)}
+        in_records = {"pack_key_value, records": (prologue.pack_key_value, size | int8 | records)}
     statistics = {"CHUNK": 512, "K_CHUNK": 128, "TILE": 2048 // head_dim}
     return {
         "partial_statistics": (prologue.partial_statistics, size | statistics),
         "channel_statistics": (prologue.channel_statistics, {"D": head_dim, "PV": "int8", "CHUNKS": 256}),
-        "pack_query": (prologue.pack_query, size | rotary | {"QK": "int8", "RECORD": 0}),
-        "pack_key_value": (prologue.pack_key_value, size | rotary | int8 | plain),
+        "pack_query": (prologue.pack_query, size | {"QK": "int8", "RECORD": 0}),
+        "pack_key_value": (prologue.pack_key_value, size | int8 | plain),
         **in_records,
         "pack_means": (prologue.pack_means, {"D": head_dim} | int8 | plain),
+        "rotate": (rotary.rotate_rows, pairs | {"INTERLEAVED": True}),
+        "rotate, halves": (rotary.rotate_rows, pairs | {"INTERLEAVED": False}),
         "kept_lists": (prologue.kept_lists, {"COLUMNS": 512}),
         "schedule": (prologue.schedule, {"ROWS": 512, "TILE": 64, "SLOTS": 8}),
         "attend_rows": (calibration.attend_rows, {"D": head_dim, "ROUNDED": False}),

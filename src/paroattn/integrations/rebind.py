@@ -1,8 +1,9 @@
 """Rebinding a model's own attention processor, so that only the attention call itself is replaced.
 
-Projections, norms, RoPE and the output split stay upstream's code: the processor's `__call__` is compiled once more
-from its source with the call of attention redirected to the processor itself. Nothing global is changed or registered,
-and what a layer needs rides on its processor, so that pipelines and threads do not meet.
+Projections, norms and the output split stay upstream's code: the processor's `__call__` is compiled once more from its
+source with the call of attention redirected to the processor itself, and calls of rotary embeddings to what computes
+the same faster. Nothing global is changed or registered, and what a layer needs rides on its processor, so that
+pipelines and threads do not meet.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from paroattn.errors import InputError
+from paroattn.integrations.rotary import rotated
 
 
 class AttentionCall(NamedTuple):
@@ -114,6 +116,7 @@ class _Redirected:
     _paroattn_shape: CallShape
 
     __reduce_ex__ = refuse_copies
+    _paroattn_rotated = staticmethod(rotated)
 
     def _paroattn_dispatch(
         self,
@@ -310,6 +313,9 @@ _REDIRECTED = {
 }
 
 
+_ROTARY = "apply_rotary_emb"  # the names of models' functions hold it
+
+
 class _RedirectAttention(ast.NodeTransformer):
     def __init__(self) -> None:
         self.redirected = False
@@ -328,5 +334,12 @@ class _RedirectAttention(ast.NodeTransformer):
         method = _REDIRECTED.get(ast.unparse(node.func))
         if method:
             self.redirected = True
-            node.func = ast.Attribute(ast.Name("self", ast.Load()), method, ast.Load())
+            node.func = _method(method)
+        elif isinstance(node.func, ast.Name) and _ROTARY in node.func.id and node.args:
+            node.args.insert(0, node.func)
+            node.func = _method("_paroattn_rotated")
         return node
+
+
+def _method(name: str) -> ast.Attribute:
+    return ast.Attribute(ast.Name("self", ast.Load()), name, ast.Load())

@@ -5,8 +5,7 @@ On Hopper, a kernel in CUDA takes part (hopper.py). The kernels are imported wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +26,6 @@ from paroattn.quantize import PQuantization
 FORMATS = frozenset(("exact", "bf16", "int8", "fp8"))
 P_QUANTIZATION = PQuantization(granularity="row", steps=127)
 BLOCKS_Q = (64, 128)
-
-
-@dataclass(frozen=True, eq=False)
-class Rotary:
-    """Rotary position embedding that the prologue applies to query and key.
-
-    Attributes:
-        cos, sin: float32 [N, D / 2], of each token (in the input's order) and pair of channels; 1 and 0 leave a token,
-            such as one of text, as it is.
-        pairs: "interleaved" turns channels 2 i and 2 i + 1, "halves" channels i and i + D / 2.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    pairs: Literal["interleaved", "halves"]
 
 
 def describe() -> str:
@@ -86,25 +70,21 @@ def unsupported(kind: CallKind) -> str | None:
     return None
 
 
-def attend(inputs: AttentionInputs, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`.
-
-    rotary: applied to query and key first, if given.
-    """
-    turned = (None, None, "") if rotary is None else (rotary.cos, rotary.sin, rotary.pairs)
+def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
     if is_traced(inputs.query):
-        return torch.ops.paroattn.triton_attention(*inputs.looked_up().flat(), *turned)
-    return _attend(inputs.readable(), *turned)
+        return torch.ops.paroattn.triton_attention(*inputs.looked_up().flat())
+    return _attend(inputs.readable())
 
 
-def _attend(inputs: AttentionInputs, cos: Tensor | None, sin: Tensor | None, pairs: str) -> tuple[Tensor, Tensor]:
+def _attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     device.check_device(inputs.query)
     from paroattn.ops.gpu import launch
     from paroattn.ops.gpu.pack import Call
 
     query = inputs.query
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    launch.run(output, lse, Call(inputs, cos, sin, pairs))
+    launch.run(output, lse, Call(inputs))
     return output, lse
 
 
@@ -133,7 +113,7 @@ def repeater(inputs: AttentionInputs) -> Repeat | None:
         with device.on_device_of(query):
             output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
             tables = (orders, order_index, masks, mask_index, bucket, compensate if masks is not None else None)
-            recording.replay((query, key, value, output, lse, *tables, key_mask, None, None), query.device)
+            recording.replay((query, key, value, output, lse, *tables, key_mask), query.device)
         return output
 
     return repeat
@@ -154,12 +134,11 @@ def _is_read_as_it_is(inputs: AttentionInputs) -> bool:
 @torch.library.custom_op(
     "paroattn::triton_attention",
     mutates_args=(),
-    schema=f"({FLAT_SCHEMA}, Tensor? cos, Tensor? sin, str pairs) -> (Tensor, Tensor)",
+    schema=f"({FLAT_SCHEMA}) -> (Tensor, Tensor)",
 )
 def triton_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Attention of `AttentionInputs.flat` and the parts of a `Rotary`, pairs "" for none: output and lse [B, H, N]."""
-    *flat, cos, sin, pairs = others
-    return _attend(from_flat(query, *flat), cos, sin, pairs)
+    """Attention of `AttentionInputs.flat`: output and lse [B, H, N]."""
+    return _attend(from_flat(query, *others))
 
 
 @triton_attention.register_fake

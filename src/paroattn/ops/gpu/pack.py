@@ -30,13 +30,11 @@ class Call:
 
     Args:
         inputs: with channels side by side in memory.
-        cos, sin, pairs: of a `backend.Rotary`, or None and "".
 
     Attributes:
         order: int32 [H, N]; mask: uint8 [H, mask rows, bytes] with rows of mask_block_q queries; key_mask: uint8.
         compensate: uint8 [H], None without a mask.
         order_index, mask_index, bucket: where to look up these three if they are tables, as `AttentionInputs` has them.
-        angles: cos and sin; rotary: pairs, or None.
         formats: of QK^T and PV of each head, "fp16", "bf16", "int8" and for PV "fp8".
         group: how many heads share keys and values.
         width: of a head inside the kernels, `padded_head_dim`.
@@ -45,7 +43,7 @@ class Call:
         recording: what writes the launches down, or None.
     """
 
-    def __init__(self, inputs: AttentionInputs, cos: Tensor | None = None, sin: Tensor | None = None, pairs: str = ""):
+    def __init__(self, inputs: AttentionInputs):
         permutation, compensate, key_mask = inputs.permutation, inputs.compensate, inputs.key_mask
         self.query, self.key, self.value = inputs.query, inputs.key, inputs.value
         self.order = None if permutation is None else permutation.to(torch.int32).contiguous()
@@ -56,8 +54,6 @@ class Call:
         self.compensate = None if compensate is None or self.mask is None else compensate.view(torch.uint8)
         self.order_index, self.mask_index, self.bucket = inputs.order_index, inputs.mask_index, inputs.bucket
         self.key_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        self.angles = (None if cos is None else cos.contiguous(), None if sin is None else sin.contiguous())
-        self.rotary = pairs or None
         self.scale = inputs.scale
         self.formats = _formats(tuple(inputs.precisions), self.query.dtype)
         self.batch, self.heads, self.tokens, self.head_dim = self.query.shape
@@ -83,14 +79,14 @@ class Call:
     def tensors(self, output: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
         """All that kernels are given of a call and that other calls have at other places in memory."""
         given = (self.query, self.key, self.value, output, lse, self.order, self.order_index, self.mask)
-        return *given, self.mask_index, self.bucket, self.compensate, self.key_mask, *self.angles
+        return *given, self.mask_index, self.bucket, self.compensate, self.key_mask
 
     def kind(self, output: Tensor) -> tuple[Any, ...]:
         """What makes the launches of two calls the same, but for the tensors."""
         shapes = tuple((x.shape, x.stride()) for x in (self.query, self.key, self.value, output))
         mask = None if self.mask is None else (self.mask.shape[1:], self.mask.stride(0), self.mask_block_q)
         missing = tuple(x is None for x in self.tensors(output, output))
-        return self.query.device, self.query.dtype, self.formats, shapes, mask, missing, self.rotary, self.scale
+        return self.query.device, self.query.dtype, self.formats, shapes, mask, missing, self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +219,6 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         heads.numbers,
         call.order,
         call.order_index,
-        *call.angles,
         k_mean,
         queries,
         q_factor,
@@ -237,7 +232,6 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         HEAD_DIM=call.head_dim,
         D=call.width,
         QK=heads.qk,
-        ROTARY=call.rotary,
         RECORD=heads.record,
         num_warps=block_warps(call.width),
     )
@@ -252,7 +246,6 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         heads.numbers,
         call.order,
         call.order_index,
-        *call.angles,
         call.key_mask,
         k_mean,
         v_mean,
@@ -273,7 +266,6 @@ def pack(call: Call, heads: Heads, partial: Tensor | None) -> Packed:
         D=call.width,
         QK=heads.qk,
         PV=heads.pv,
-        ROTARY=call.rotary,
         SWAPPED=heads.swapped,
         RECORD=heads.record,
         COLUMNS=heads.columns,

@@ -67,14 +67,14 @@ def partial_statistics(
     k_sum = tl.zeros([TILE, D], tl.float32)
     for start in tl.range(0, K_CHUNK, TILE):
         token = first + start
-        k_sum += load_rows(k_start, stride_kn, token, token < tokens, None, None, HEAD_DIM, D, None)
+        k_sum += load_rows(k_start, stride_kn, token, token < tokens, HEAD_DIM, D)
     v_sum = tl.zeros([TILE, D], tl.float32)
     least = tl.full([TILE, D], float("inf"), tl.float32)
     largest = tl.full([TILE, D], float("-inf"), tl.float32)
     for start in tl.range(0, CHUNK, TILE, num_stages=4):
         token = first + start
         valid = token < tokens
-        v = load_rows(v_start, stride_vn, token, valid, None, None, HEAD_DIM, D, None)
+        v = load_rows(v_start, stride_vn, token, valid, HEAD_DIM, D)
         v_sum += v
         least = tl.minimum(least, tl.where(valid[:, None], v, float("inf")))
         largest = tl.maximum(largest, tl.where(valid[:, None], v, float("-inf")))
@@ -153,10 +153,10 @@ def _store_scale(k_scale_ptr, at, scale, RECORD: tl.constexpr):
 
 @_kernel
 def pack_query(
-    q_ptr, heads_ptr, order_ptr, order_index_ptr, cos_ptr, sin_ptr, k_mean_ptr,
+    q_ptr, heads_ptr, order_ptr, order_index_ptr, k_mean_ptr,
     queries_ptr, q_factor_ptr, lse_shift_ptr,
     stride_qb, stride_qh, stride_qn, scale, heads, group, tokens, slots,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, ROTARY: tl.constexpr, RECORD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """64 queries of one head, gathered, quantised, written; grid (q tiles of 64, B * slots).
 
@@ -175,7 +175,7 @@ def pack_query(
     if order_ptr is not None:
         token = load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid)
     q_start = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
-    q = load_rows(q_start, stride_qn, token, valid, cos_ptr, sin_ptr, HEAD_DIM, D, ROTARY)
+    q = load_rows(q_start, stride_qn, token, valid, HEAD_DIM, D)
     if scale < 0:  # factors are above zero, so that the largest product has the largest logit
         q = -q
     size = tl.abs(scale)
@@ -192,12 +192,12 @@ def pack_query(
 
 @_kernel
 def pack_key_value(
-    k_ptr, v_ptr, heads_ptr, order_ptr, order_index_ptr, cos_ptr, sin_ptr, key_mask_ptr,
+    k_ptr, v_ptr, heads_ptr, order_ptr, order_index_ptr, key_mask_ptr,
     k_mean_ptr, v_mean_ptr, v_scale_ptr,
     keys_ptr, k_scale_ptr, values_ptr, bias_ptr, block_k_ptr, block_v_ptr, block_count_ptr,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, group, tokens, slots, kv_blocks,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, ROTARY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
     SWAPPED: tl.constexpr, RECORD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and values of one head, gathered, quantised, written; grid (kv_blocks, B * slots).
@@ -225,7 +225,7 @@ def pack_key_value(
         shown = tl.load(key_mask_ptr + b.to(tl.int64) * tokens + token, mask=valid, other=0) != 0
         tl.store(bias_ptr + at * BLOCK_KV + row, tl.where(shown, 0.0, float("-inf")))
     k_start = k_ptr + b.to(tl.int64) * stride_kb + (h // group).to(tl.int64) * stride_kh
-    k = load_rows(k_start, stride_kn, token, valid, cos_ptr, sin_ptr, HEAD_DIM, D, ROTARY)
+    k = load_rows(k_start, stride_kn, token, valid, HEAD_DIM, D)
     if QK == "int8":
         k = tl.where(valid[:, None], k - tl.load(k_mean_ptr + kv_head * D + channel)[None, :], 0.0)
         values, scale = quantize_tile(k)
@@ -244,7 +244,7 @@ def pack_key_value(
     if order_ptr is not None:
         token = load_tokens(order_ptr, order_index_ptr, h, tokens, position, valid)
     v_start = v_ptr + b.to(tl.int64) * stride_vb + (h // group).to(tl.int64) * stride_vh
-    v = load_rows(v_start, stride_vn, token, valid, None, None, HEAD_DIM, D, None)
+    v = load_rows(v_start, stride_vn, token, valid, HEAD_DIM, D)
     scaled = v
     if PV == "int8" or PV == "fp8":
         v = tl.where(valid[:, None], v - tl.load(v_mean_ptr + kv_head * D + channel)[None, :], 0.0)

@@ -42,37 +42,15 @@ def number_of_mask(mask_index_ptr, bucket_ptr, h, heads):
 
 
 @triton.jit
-def load_rows(
-    x_ptr, stride_n, tokens, valid, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr
-):
-    """Rows [R, D] of x [N, HEAD_DIM] at `tokens` [R], float32; zeros where `valid` [R] is false and beyond HEAD_DIM.
-
-    ROTARY "interleaved" or "halves" turns each pair of channels by the angle whose cosine and sine are in
-    cos, sin float32 [N, HEAD_DIM / 2]; None does not.
-    """
+def load_rows(x_ptr, stride_n, tokens, valid, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Rows [R, D] of x [N, HEAD_DIM] at `tokens` [R], float32; zeros where `valid` [R] is false and beyond HEAD_DIM."""
     channel = tl.arange(0, D)
     start = x_ptr + tokens.to(tl.int64)[:, None] * stride_n
     if HEAD_DIM == D:
         mask = valid[:, None]
     else:
         mask = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    x = tl.load(start + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ROTARY is not None:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        if ROTARY == "interleaved":
-            partner = channel ^ 1
-            pair = channel // 2
-            sign = tl.where(channel % 2 == 0, -1.0, 1.0)
-        else:
-            partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
-            pair = channel % HALF
-            sign = tl.where(channel < HALF, -1.0, 1.0)
-        other = tl.load(start + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-        angle = tokens[:, None] * HALF + pair[None, :]
-        cos = tl.load(cos_ptr + angle, mask=mask, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-        x = x * cos + other * sin * sign[None, :]
-    return x
+    return tl.load(start + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
