@@ -7,8 +7,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from paroattn_lab.speed import model_bench
-from paroattn_lab.speed.attention_share import attention_seconds
+from paroattn_lab.speed import attention_share, model_bench
 from paroattn_lab.speed.forward_arguments import CALLS, forward_arguments
 from paroattn_lab.speed.model_bench import bench_model
 from paroattn_lab.speed.presets import PRESETS
@@ -179,10 +178,28 @@ def test_the_share_of_attention_is_that_of_the_attention_calls(subject):
     for module in modules:
         module.processor = rebind(module.processor, Slow())
     processors = [module.processor for module in modules]
-    found = attention_seconds(subject.step, processors, subject.device)
+    found = attention_share.attention_seconds(subject.step, processors, subject.device)
     assert 100 < found["attention_ms"] < 1000
     assert 0.5 < found["attention_share"] < 1
     assert all(isinstance(processor._paroattn_intercept, Slow) for processor in processors)
+
+
+def test_on_a_gpu_the_share_is_what_a_step_without_attention_lacks(subject, monkeypatch):
+    modules = attention_modules(subject.transformer)
+    for module in modules:
+        module.processor = rebind(module.processor, lambda call: calls.append(call) or call.dense())
+    calls = []
+
+    def kernel_ms(step, device):
+        calls.clear()
+        step()
+        return 10.0 if calls else 4.0
+
+    monkeypatch.setattr(attention_share, "_kernel_ms", kernel_ms)
+    processors = [module.processor for module in modules]
+    found = attention_share.attention_seconds(subject.step, processors, torch.device("cuda"))
+    assert found == {"attention_ms": 6.0, "attention_share": 0.6}
+    assert kernel_ms(subject.step, None) == 10.0  # the intercepts are back
 
 
 def test_a_plan_is_timed_in_the_bucket_of_its_typical_density(subject):
