@@ -8,34 +8,36 @@ from record_tables import surroundings, table
 
 
 def gpu_attention_table(records: list[dict]) -> list[str]:
-    """Milliseconds, prologue and ratios to each dense peer, a table per shape."""
+    """Milliseconds, prologue, ratios to SDPA and the fastest dense attention, and errors, a table per shape."""
     lines: list[str] = []
     shapes = list(dict.fromkeys((record["batch"], record["heads"], record["tokens"]) for record in records))
     for shape in shapes:
         own = [record for record in records if (record["batch"], record["heads"], record["tokens"]) == shape]
-        peers = (f"x {name.rpartition(' ')[0]}" for name in own[0]["times_each"])
-        heads = ("", "blocks", "density", "ms", "prologue", "TFLOP/s", *peers, "matrix roofline", "exp2 roofline")
+        columns = ["", "blocks", "density", "ms", "prologue", "TFLOP/s", "x sdpa flash", "x sdpa cudnn"]
+        others = len(own[0]["times_each"]) > 2  # dense attention that is not SDPA's
         rows = []
         for record in own:
-            rooflines = (record["matrix_roofline_ms"], record["exp2_roofline_ms"])
             cells = (
                 f"{record['method']} {record['precision']}" + (", compensated" if record["compensate"] else ""),
-                "" if record["density"] == 1 else f"{record['block_q']} x 64",
+                "" if record["density"] == 1 else f"{record['block_q']} x {record.get('block_kv', 64)}",
                 f"{record['density']:g}",
                 f"{record['median_ms']:.2f}",
                 f"{record['prologue_ms']:.2f}" if "prologue_ms" in record else "",
                 f"{record['tflops']:.0f}",
-                *(f"{ratio:.2f}" for ratio in record["times_each"].values()),
-                *("" if bound is None else f"{bound:.2f}" for bound in rooflines),
+                *(f"{record['times_each'][f'sdpa {name} bf16']:.2f}" for name in ("flash", "cudnn")),
+                *([f"{record['times_sdpa']:.2f}"] if others else []),
+                "" if record["error"] is None else f"{record['error']:.1e}",
+                *(f"{record[f'{bound}_roofline_ms']:.2f}" for bound in ("matrix", "exp2")),
             )
             rows.append(cells)
         title = f"Batch {shape[0]}, {shape[1]} heads, {shape[2]:,} tokens, head_dim {own[0]['head_dim']}:"
+        heads = columns + ["x fastest dense"] * others + ["error", "matrix roofline", "exp2 roofline"]
         lines += [title, "", *table(heads, rows), ""]
     first = records[0]
     return [
         *lines,
         f"Median of {first['rounds']} interleaved rounds in bfloat16, everything included; ratios are medians of the "
-        "rounds' ratios; the prologue is the GPU time of its kernels. "
+        "rounds' ratios; the prologue is the GPU time of its kernels; errors are relative to float64, in L2. "
         f"{surroundings(first)}.",
     ]
 

@@ -90,23 +90,28 @@ def model_table(records: list[dict]) -> list[str]:
     rows = []
     for record in records:
         name = record["method"] + ("" if record["plan"] is None else f" {record['precision']}")
+        by_the_model = record["plan"] is not None and not record["compiled"] and record.get("rotary") == "the model's"
         cells = (
-            record["model"] + (", compiled" if record["compiled"] else ""),
+            record["model"] + (", compiled" if record["compiled"] else ", eager") + ", its own RoPE" * by_the_model,
             f"{record['tokens']:,}",
             f"{record['layers']} of {record['model_layers']}",
             name,
             f"{record['density']:.3g}",
-            f"{record['median_ms']:.0f} ms",
+            f"{record['median_ms']:.{0 if record['median_ms'] > 100 else 1}f} ms",
             f"{record['times_own']:.2f}x",
             f"{record['times_dense']:.2f}x",
             f"{record['attention_share']:.0%}",
         )
         rows.append(cells)
     first = records[0]
+
+    def every(name: str) -> str:
+        return " or ".join(dict.fromkeys(str(record[name]) for record in records))
+
     return [
         *table((*heads, "share of attention"), rows),
         "",
-        f"One step of the transformer in {first['dtype']}, weights: {first['weights']}. Median of {first['rounds']} "
+        f"One step of the transformer in {first['dtype']}, weights: {every('weights')}. Median of {every('rounds')} "
         "interleaved rounds; speed is the median of the rounds' ratios. The share is that of the kernels of "
         f"self-attention, without compiling. {surroundings(first)}.",
     ]
