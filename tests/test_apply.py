@@ -268,6 +268,52 @@ def test_two_threads_of_one_compiled_transformer_are_refused():
     assert "two threads call one compiled transformer at once" in found[0]
 
 
+@pytest.fixture
+def compiles_to(monkeypatch):
+    """`nn.Module.compile` with a backend that needs no compiler; the modules that were compiled."""
+    compiled, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module: compiled.append(module) or compile_module(module, fullgraph=True, backend="eager"),
+    )
+    torch._dynamo.reset()
+    return compiled
+
+
+def test_blocks_are_compiled_while_a_handle_lasts(compiles_to):
+    pipe = tiny.tiny_wan()
+    full, plan = tiny.latents(pipe), tiny.make_plan(pipe, precision="int8")
+    with paroattn.apply(pipe, plan):
+        planned = tiny.latents(pipe)
+    first, second = pipe.transformer.blocks
+    first.compile()
+    own = first._compiled_call_impl
+    with paroattn.apply(pipe, plan, compile_blocks=True) as handle:
+        assert compiles_to == [first, second]
+        assert oracles.relative_error(tiny.latents(pipe), planned) < 1e-5
+        assert handle.report().planned > 0
+        with pytest.raises(ValueError, match="already applied"):
+            paroattn.apply(pipe, plan, compile_blocks=True)
+    assert first._compiled_call_impl is own  # it was compiled before
+    assert second._compiled_call_impl is None
+    first._compiled_call_impl = None
+    assert torch.equal(tiny.latents(pipe), full)
+
+
+def test_what_cannot_be_compiled_in_blocks_is_refused_and_nothing_changes(compiles_to):
+    pipe = tiny.tiny_wan()
+    full = tiny.latents(pipe)
+    with pytest.raises(ValueError, match="compile_blocks goes with a plan"):
+        paroattn.apply(pipe, density=0.5, compile_blocks=True)
+    pipe.transformer.compile()
+    with pytest.raises(ValueError, match="this one is, as a whole"):
+        paroattn.apply(pipe, tiny.make_plan(pipe), compile_blocks=True)
+    pipe.transformer._compiled_call_impl = None
+    assert compiles_to == [pipe.transformer]
+    assert torch.equal(tiny.latents(pipe), full)
+
+
 def _error_of(run):
     try:
         run()

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from paroattn.integrations.apply import apply
 from paroattn.integrations.attach import Attachment
 from paroattn.integrations.clock import now
+from paroattn.integrations.compiling import compile_blocks
 from paroattn.integrations.descriptors import attention_modules
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
@@ -118,7 +119,7 @@ def bench_model(
             bar.update()
     if compiled:
         for contender in contenders:
-            _compile_blocks(contender.twin)
+            compile_blocks([contender.twin.transformer])
     times = interleaved([_seconds(contender.twin) for contender in contenders], rounds, progress=progress)
     fastest = [min(own) for own in zip(*times[:dense_count], strict=True)]
     common = {**_subject_facts(subject), "compiled": compiled, "rounds": rounds}
@@ -222,14 +223,6 @@ def _share(contender: _Contender) -> dict[str, float]:
         _attach(twin, _own)
     processors = [module.processor for module in attention_modules(twin.transformer)]
     return attention_seconds(twin.step, processors, twin.device)
-
-
-def _compile_blocks(twin: Subject) -> None:
-    """Compile every block with self-attention in place."""
-    names = {module: name for name, module in twin.transformer.named_modules()}
-    blocks = {names[module].rpartition(".")[0] for module in attention_modules(twin.transformer)}
-    for name in sorted(blocks):
-        twin.transformer.get_submodule(name).compile()
 
 
 def _seconds(twin: Subject) -> Callable[[], float]:

@@ -43,6 +43,7 @@ def apply(
     strict: bool = False,
     backend: str = "auto",
     other_sizes: str = "dense",
+    compile_blocks: bool = False,
     cache: str | os.PathLike[str] | PlanCache | None = None,
     requests: int = 3,
     memory_gb: float = 8.0,
@@ -69,6 +70,8 @@ def apply(
         other_sizes: what requests of another size than the plan's get: "dense", the model's own attention; "adapt", the
             plan fitted to them (`Plan.adapt`) at the first one; "error", a `PlanError`. With a density each size gets a
             plan of its own.
+        compile_blocks: compile the transformers' blocks while the handle lasts, one graph for all blocks of a kind; the
+            first request takes some seconds longer. With a plan or a precision, since compiled code cannot be observed.
         cache: the folder of plans that were made, or a `PlanCache`; default: the user's (docs/how-to.md).
         requests: how many requests of a size its plan is made of. The first runs with the model's own attention, the
             next ones with the plan so far, and each makes it better, best with another prompt each; they have to come
@@ -82,7 +85,8 @@ def apply(
 
     Raises:
         PlanError: the plan is for another model, number of heads or layers; with `strict` also while generating.
-        InputError: an unknown model class, precision or backend; a plan beside a density or precision, or none of them.
+        InputError: an unknown model class, precision or backend; a plan beside a density or precision, or none of them;
+            `compile_blocks` with a density, or with a transformer that is compiled as a whole.
 
     Example:
         >>> with paroattn.apply(pipe, plan) as handle:  # doctest: +SKIP
@@ -91,9 +95,17 @@ def apply(
         >>> handle = paroattn.apply(pipe, density=0.3, precision="int8")  # doctest: +SKIP
     """
     if density is None:
-        return apply_plan(pipe, plan, precision=precision, strict=strict, backend=backend, other_sizes=other_sizes)
+        return apply_plan(
+            pipe, plan, precision=precision, strict=strict, backend=backend, other_sizes=other_sizes,
+            compile_blocks=compile_blocks,
+        )  # fmt: skip
     if plan is not None:
         raise InputError("apply takes either a plan or a density; got both")
+    if compile_blocks:
+        raise InputError(
+            "compile_blocks goes with a plan, and a density makes one by observing requests, which compiled code does "
+            "not allow; let it make its plan, then apply that (`paroattn plans export` writes it to a file)"
+        )
     check_density(density)
     parsed = Precision.parse(precision or "exact")
     if "int4" in (parsed.qk, parsed.pv):

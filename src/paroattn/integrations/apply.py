@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import Boxes, TokenGrid
 from paroattn.integrations.attach import Attachment, Forward
+from paroattn.integrations.compiling import compile_blocks
 from paroattn.integrations.descriptors import describe
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
@@ -36,6 +38,7 @@ def apply(
     strict: bool = False,
     backend: str = "auto",
     other_sizes: str = "dense",
+    compile_blocks: bool = False,
 ) -> Handle:
     """`paroattn.apply` with a plan, or with a precision for all blocks; either is given."""
     if other_sizes not in OTHER_SIZES:
@@ -53,7 +56,7 @@ def apply(
         if plan.grid.text_tokens and plan.grid.text_position != text:
             raise PlanError(f"plan has text tokens as {plan.grid.text_position}; this model has them as {text}")
     parsed = None if precision is None else Precision.parse(precision)
-    return Handle(pipeline, plan, parsed, strict, backend, other_sizes)
+    return Handle(pipeline, plan, parsed, strict, backend, other_sizes, compile_blocks)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Handle:
         strict: bool,
         backend: str,
         other_sizes: str = "dense",
+        compiles_blocks: bool = False,
     ):
         self.plan = plan
         self._other_sizes = other_sizes
@@ -115,13 +119,18 @@ class Handle:
             self._make_ready(runner, device, dtype)
             if plan is not None and device.type == "cuda":
                 runner.build(plan.grid.tokens, plan.model.head_dim, dtype)
-        self._attachment = Attachment(
-            pipeline, self._layers, self._before_forward, self._after_forward, self._after_call
-        )
+        with ExitStack() as undo:
+            if compiles_blocks:
+                undo.callback(compile_blocks(pipeline.transformers))
+            self._attachment = Attachment(
+                pipeline, self._layers, self._before_forward, self._after_forward, self._after_call
+            )
+            self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Restore the pipeline's own attention, bitwise; what others changed since stays."""
         self._attachment.remove()
+        self._undo.close()
 
     @property
     def ready(self) -> bool:
