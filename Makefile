@@ -11,6 +11,7 @@ demo: .venv/installed
 # One worker per core, with one thread each. A module's tests stay together, since they share fixtures.
 test: lint
 	$(BIN)/pytest -n auto --dist loadscope
+	for host in comfyui sglang vllm_omni; do $(BIN)/pytest -n auto integrations/$$host/tests || exit 1; done
 
 # What concerns diffusers, with the oldest version that is supported.
 test-oldest: .venv-oldest/installed
@@ -41,9 +42,10 @@ kernels: .venv/installed
 wheels: dist/built
 	$(BIN)/python .ci/check_wheels.py
 
-dist/built: .venv/installed $(wildcard csrc/*) $(shell find src lab/paroattn_lab lab/models -name '*.py' -o -name '*.cu')
+dist/built: .venv/installed $(wildcard csrc/*) \
+		$(shell find src lab/paroattn_lab lab/models integrations/*/src -name '*.py' -o -name '*.cu')
 	rm -rf dist && mkdir -p dist build
-	for project in . lab lab/models; do $(BIN)/python -m build --outdir dist $$project >build/dist.log || exit 1; done
+	for project in . lab lab/models integrations/sglang integrations/vllm_omni; do $(BIN)/python -m build --outdir dist $$project >build/dist.log || exit 1; done
 	touch $@
 
 # torch comes first and by its exact version: left to the resolver, it would be a build with CUDA.

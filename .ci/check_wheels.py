@@ -1,6 +1,6 @@
-"""Checks the three distributions in dist/ and installs them into a fresh environment, one part after another.
+"""Checks the distributions in dist/ and installs them into a fresh environment, one part after another.
 
-The library alone has to import and attend; then come its extras, and then the lab with its models.
+The library alone has to import and attend; then come the plug-ins of servers, its extras, and the lab with its models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECTS = {"paroattn": 2.0, "paroattn_lab": 3.0, "paroattn_models": 95.0}  # and the most megabytes of their wheels
+PLUG_INS = ("paroattn_sglang", "paroattn_vllm_omni")
+# With the most megabytes of their wheels.
+PROJECTS = {"paroattn": 2.0, "paroattn_lab": 3.0, "paroattn_models": 95.0, **dict.fromkeys(PLUG_INS, 0.1)}
 ATTEND = (
     "import torch, paroattn; q = torch.randn(1, 2, 200, 64); "
     "mask = torch.eye(4, dtype=torch.bool).expand(2, 4, 4); "
@@ -48,6 +50,9 @@ def main() -> None:
         run(*pip, *find, "paroattn")
         print(run(python, "-c", ATTEND).strip())
         print(run(command, "--help", expected=1).strip())
+        for name in PLUG_INS:
+            run(*pip, *find, name.replace("_", "-"))
+            run(python, "-c", f"import {name}; {name}.register, {name}.report()")
         run(*pip, *find, "paroattn[diffusers]")
         run(python, "-c", "import paroattn; paroattn.apply, paroattn.calibrate, paroattn.observe")
         run(*pip, *find, "paroattn[cli]")
