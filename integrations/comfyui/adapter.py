@@ -27,7 +27,14 @@ Boxes = tuple[tuple[int, int, int], ...]
 
 
 def apply_plan(
-    model: Any, plan: Plan, *, part: str = "whole", start: float = 0.0, end: float = 1.0, other_sizes: str = "dense"
+    model: Any,
+    plan: Plan,
+    *,
+    part: str = "whole",
+    start: float = 0.0,
+    end: float = 1.0,
+    other_sizes: str = "dense",
+    repair: bool = False,
 ) -> Any:
     """A clone of a model whose self-attention runs as a plan says.
 
@@ -37,6 +44,7 @@ def apply_plan(
         part: which layers of the plan the model has, one of `checks.PARTS`.
         start, end: shares of the schedule between which the plan is used; elsewhere the model's own attention runs.
         other_sizes: what other sizes than the plan's get, one of `checks.OTHER_SIZES`.
+        repair: as of `paroattn.apply`.
 
     Raises:
         InputError: a model that is not known, or an input out of range.
@@ -58,7 +66,7 @@ def apply_plan(
     else:
         layers = range(0)
         logger.warning("PARO plan: all of it stays dense: %s", refusal)
-    applied = AppliedPlan(plan, layers, family, refusal, part, start, end, other_sizes)
+    applied = AppliedPlan(plan, layers, family, refusal, part, start, end, other_sizes, repair)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, applied.around_sampling)
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, applied.around_evaluation)
@@ -105,6 +113,7 @@ class AppliedPlan:
         start: float,
         end: float,
         other_sizes: str,
+        repair: bool,
     ):
         self._plan = plan
         self._layers = layers
@@ -113,6 +122,7 @@ class AppliedPlan:
         self._part = part
         self._start, self._end = start, end
         self._other_sizes = other_sizes
+        self._repair = repair
         self._adapted: dict[Boxes, Plan] = {}
         self._planned: dict[tuple[Boxes, torch.device], Planned] = {}
         self._lock = threading.Lock()
@@ -240,7 +250,7 @@ class AppliedPlan:
             if planned is None:
                 # Normal tensors, which threads without inference mode may write to, too.
                 with torch.inference_mode(False), _allocating():
-                    runner = Runner(plan, device, layers=self._layers)
+                    runner = Runner(plan, device, layers=self._layers, repair=self._repair)
                     if device.type == "cuda":
                         runner.build(grid.tokens, plan.model.head_dim, latent.dtype)
                     planned = Planned(runner, torch.zeros((), dtype=torch.int64, device=device))

@@ -77,14 +77,28 @@ class ApplyParoPlan(io.ComfyNode):
                     default=OTHER_SIZES[0],
                     tooltip="Other sizes than the plan's: the model's own attention, an adapted plan, or an error.",
                 ),
+                io.Boolean.Input(
+                    "repair",
+                    default=False,
+                    tooltip="Closer to the model's own attention by 64 exact rows of a call.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, plan: Any, part: str, start: float, end: float, other_sizes: str) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, plan: Any, part: str, start: float, end: float, other_sizes: str, repair: bool = False
+    ) -> io.NodeOutput:
         """Clone the model and put the plan on the clone."""
-        return io.NodeOutput(apply_plan(model, plan, part=part, start=start, end=end, other_sizes=other_sizes))
+        settings: dict[str, Any] = {
+            "part": part,
+            "start": start,
+            "end": end,
+            "other_sizes": other_sizes,
+            "repair": repair,
+        }
+        return io.NodeOutput(apply_plan(model, plan, **settings))
 
 
 class ParoReport(io.ComfyNode):

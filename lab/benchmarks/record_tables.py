@@ -205,6 +205,34 @@ def transfer_table(records: list[dict]) -> list[str]:
     ]
 
 
+def repair_table(records: list[dict]) -> list[str]:
+    """PSNR with and without repair by probes, and the operator's time with and without."""
+    rows = [
+        (
+            record["model"],
+            f"{record['density']:.3g}",
+            f"{record['psnr']:.2f}",
+            f"{record['repaired_psnr']:.2f}",
+            f"{record['gain']:+.2f} ± {record['standard_error']:.2f}",
+        )
+        for record in records
+        if record["kind"] == "repair"
+    ]
+    times = [
+        f"{record['heads']} heads of {record['tokens']:,} x {record['head_dim']} take {record['ms']:.1f} ms, with "
+        f"repair {record['repaired_ms']:.1f} ({record['times']:.2f} times as long)"
+        for record in records
+        if record["kind"] == "repair speed"
+    ]
+    first = next(record for record in records if record["kind"] == "repair")
+    return [
+        *table(("model", "density", "PSNR (dB)", "with repair", "difference"), rows),
+        "",
+        f"Exact; mean over {first['pairs']} prompt/seed pairs, difference with the standard error of the paired "
+        f"differences. Time of the operator in INT8 at density 0.3: {'; '.join(times)}. {surroundings(first)}.",
+    ]
+
+
 def known_models_table(records: list[dict]) -> list[str]:
     """The transformer classes, what they are called by, and how much of their work attention is."""
     rows = []

@@ -37,6 +37,7 @@ from record_tables import (
     known_models_table,
     model_table,
     plan_size_table,
+    repair_table,
     transfer_table,
 )
 
@@ -53,6 +54,7 @@ KINDS = {
     "model": model_table,
     "plan size": plan_size_table,
     "plan transfer": transfer_table,
+    "repair": repair_table,
     "few steps": few_steps_table,
     "known model": known_models_table,
     "gpu calibration": calibration_table,

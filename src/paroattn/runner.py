@@ -43,6 +43,7 @@ class Runner:
             the last ones.
         heads: numbers of the plan's heads that the host has, in its order (one rank's, say); default: all.
         backend: "auto" or a backend's name.
+        repair: bring outputs closer to attention over all keys, by 64 rows of each call that attend to them.
 
     Attributes:
         grid: the token grid, or None for any.
@@ -64,6 +65,7 @@ class Runner:
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         backend: str = "auto",
+        repair: bool = False,
     ):
         kind = CallKind(plan.precisions, block_shape=(plan.block_q, plan.block_kv))
         choose_backend(backend, kind)
@@ -74,7 +76,8 @@ class Runner:
             replace(layer, mask_table=table, mask_index=index[:, number])
             for number, layer in enumerate(light.layers(device))
         ]
-        self._set_up(layer_plans, plan.grid, plan.bucket_levels, device, backend, (part.usage > 0).any(0).tolist())
+        calibrated = (part.usage > 0).any(0).tolist()
+        self._set_up(layer_plans, plan.grid, plan.bucket_levels, device, backend, calibrated, repair)
 
     @classmethod
     def of_precision(
@@ -96,11 +99,14 @@ class Runner:
         device: torch.device,
         backend: str,
         calibrated: Sequence[bool],
+        repair: bool = False,
     ) -> None:
         self.grid = grid
         self._levels = torch.tensor(levels, dtype=torch.float32, device=device)
         self._device = device
-        self.layers = [LayerRunner(layer, device, backend, own) for layer, own in zip(layers, calibrated, strict=True)]
+        self.layers = [
+            LayerRunner(layer, device, backend, own, repair) for layer, own in zip(layers, calibrated, strict=True)
+        ]
 
     def build(self, tokens: int, head_dim: int, dtype: torch.dtype) -> None:
         """Build the kernels that calls of so many tokens will need, rather than in the first request.
@@ -172,7 +178,9 @@ class Runner:
 class LayerRunner:
     """One layer of a runner; its operator is made at the first call, or ahead of compiled code by `make_ready`."""
 
-    def __init__(self, layer_plan: LayerPlan, device: torch.device, backend: str, calibrated: bool):
+    def __init__(
+        self, layer_plan: LayerPlan, device: torch.device, backend: str, calibrated: bool, repair: bool = False
+    ):
         self._layer_plan = layer_plan
         self._calibrated = calibrated
         self.device = device
@@ -180,13 +188,16 @@ class LayerRunner:
         self.visual_tokens = None if grid is None else grid.visual_tokens
         self._takes_text = grid is not None and grid.text_tokens > 0
         self._backend = backend
+        self._repair = repair
         self._operator: PreparedAttention | None = None
 
     def make_ready(self, dtype: torch.dtype, scale: float | None = None) -> PreparedAttention:
         """The operator for a dtype, made unless it is there."""
         operator = self._operator
         if operator is None or (operator.dtype, operator.scale) != (dtype, scale):
-            operator = PreparedAttention(self._layer_plan, self.device, dtype, "NHD", scale, self._backend)
+            operator = PreparedAttention(
+                self._layer_plan, self.device, dtype, "NHD", scale, self._backend, self._repair
+            )
             self._operator = operator
         return operator
 

@@ -281,7 +281,7 @@ def _schema():
         Schema=type("Schema", (Held,), {}),
         NodeOutput=NodeOutput,
         Custom=kind,
-        **{name: kind(name) for name in ("Model", "Combo", "Float", "Latent", "String")},
+        **{name: kind(name) for name in ("Model", "Combo", "Boolean", "Float", "Latent", "String")},
     )
     ui = types.SimpleNamespace(PreviewText=type("PreviewText", (Held,), {}))
     return {"ComfyExtension": type("ComfyExtension", (), {}), "io": io, "ui": ui}

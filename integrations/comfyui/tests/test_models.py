@@ -44,6 +44,13 @@ def test_a_plan_gives_what_the_operator_gives(host, family, precision):
     assert not report.idle
 
 
+def test_repair_brings_a_planned_model_closer_to_its_own_attention(host):
+    patcher, plan = patcher_of(host, "Wan"), plan_for("Wan")
+    dense = sample(host, "Wan", patcher)
+    plain, repaired = (sample(host, "Wan", apply_plan(patcher, plan, repair=repair)) for repair in (False, True))
+    assert float((repaired - dense).norm()) < float((plain - dense).norm())
+
+
 @pytest.mark.parametrize("family", PLANNED)
 def test_all_blocks_in_the_models_own_order_change_nothing_but_rounding(host, family):
     patcher = patcher_of(host, family)

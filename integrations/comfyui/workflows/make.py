@@ -183,7 +183,7 @@ def _plan(at: tuple[int, int], name: str) -> Node:
 
 
 def _apply(at: tuple[int, int], part: str, other_sizes: str = "dense", title: str = "Apply PARO plan") -> Node:
-    widgets = {"part": part, "start": 0.0, "end": 1.0, "other_sizes": other_sizes}
+    widgets = {"part": part, "start": 0.0, "end": 1.0, "other_sizes": other_sizes, "repair": False}
     return Node("ApplyParoPlan", title, at, [("model", "MODEL"), ("plan", "PARO_PLAN")], [("MODEL", "MODEL")], widgets)
 
 

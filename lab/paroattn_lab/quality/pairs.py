@@ -29,9 +29,11 @@ KEPT_VIDEOS = 8
 """Videos of the first pairs are kept in memory for the report."""
 
 
-def evaluation_psnr(model: GenerativeModel, plan: Plan, references: Sequence[Tensor]) -> list[float]:
+def evaluation_psnr(
+    model: GenerativeModel, plan: Plan, references: Sequence[Tensor], repair: bool = False
+) -> list[float]:
     """PSNR of each of a model's evaluation pairs with a plan, against the frames that full attention made of them."""
-    with apply(model.pipe, plan, strict=True):
+    with apply(model.pipe, plan, strict=True, repair=repair):
         frames = [model.generate(*pair) for pair in model.evaluation_pairs]
     return [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
 

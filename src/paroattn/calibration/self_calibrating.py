@@ -43,6 +43,7 @@ def apply(
     strict: bool = False,
     backend: str = "auto",
     other_sizes: str = "dense",
+    repair: bool = False,
     compile_blocks: bool = False,
     cache: str | os.PathLike[str] | PlanCache | None = None,
     requests: int = 3,
@@ -70,6 +71,8 @@ def apply(
         other_sizes: what requests of another size than the plan's get: "dense", the model's own attention; "adapt", the
             plan fitted to them (`Plan.adapt`) at the first one; "error", a `PlanError`. With a density each size gets a
             plan of its own.
+        repair: bring outputs closer to the model's own attention: in each call 64 rows attend to all keys, and what
+            they miss says what all rows miss (docs/fidelity.md).
         compile_blocks: compile the transformers' blocks while the handle lasts, one graph for all blocks of a kind; the
             first request takes some seconds longer. With a plan or a precision, since compiled code cannot be observed.
         cache: the folder of plans that were made, or a `PlanCache`; default: the user's (docs/how-to.md).
@@ -97,7 +100,7 @@ def apply(
     if density is None:
         return apply_plan(
             pipe, plan, precision=precision, strict=strict, backend=backend, other_sizes=other_sizes,
-            compile_blocks=compile_blocks,
+            repair=repair, compile_blocks=compile_blocks,
         )  # fmt: skip
     if plan is not None:
         raise InputError("apply takes either a plan or a density; got both")
@@ -118,8 +121,8 @@ def apply(
     check_precision(pipe, parsed)
     plans = cache if isinstance(cache, PlanCache) else PlanCache(cache)
     return SelfCalibratingHandle(
-        Pipeline(pipe), PlanWish(density, parsed), plans, strict=strict, backend=backend, requests=requests,
-        memory_gb=memory_gb, progress=progress,
+        Pipeline(pipe), PlanWish(density, parsed), plans, strict=strict, backend=backend, repair=repair,
+        requests=requests, memory_gb=memory_gb, progress=progress,
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ class SelfCalibratingHandle(Handle):
         *,
         strict: bool,
         backend: str,
+        repair: bool,
         requests: int,
         memory_gb: float,
         progress: bool,
@@ -148,7 +152,7 @@ class SelfCalibratingHandle(Handle):
         self._states: dict[str, str] = {}
         self._observed: _ObservedRequest | None = None
         self._observation: Observation | None = None  # of the last size, as long as more requests can add to it
-        super().__init__(pipeline, None, None, strict, backend)
+        super().__init__(pipeline, None, None, strict, backend, repair=repair)
 
     @property
     def ready(self) -> bool:

@@ -23,6 +23,7 @@ from paroattn.plan import Plan
 @click.option("--prompt", required=True, help="What to generate.")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan file; default: full attention.")
 @click.option("--precision", help="Without a plan: compute all blocks in this precision.")
+@click.option("--repair", is_flag=True, help="With a plan: closer to full attention, by 64 exact rows of each call.")
 @path_option(
     "--output", "Video file (.mp4, .webp or .gif), or image file (.png, .jpg or .webp); default: video.mp4, image.png."
 )
@@ -33,6 +34,7 @@ def generate(
     prompt: str,
     plan_path: Path | None,
     precision: str | None,
+    repair: bool,
     output: Path | None,
     seed: int,
     backend: str,
@@ -45,6 +47,8 @@ def generate(
     if output is not None:
         check_path(output)
         check_output(output, plan_path)
+    if repair and not plan_path:
+        raise click.UsageError("--repair is for the blocks that a plan leaves out; expected --plan")
     plan = Plan.load(plan_path) if plan_path else None
     model = load(**model_arguments)
     output = output or Path("image.png" if model.makes_images else "video.mp4")
@@ -52,7 +56,7 @@ def generate(
     check_output(output)
     model.pipe.set_progress_bar_config(disable=False, desc="generation", leave=False)
     applied = (
-        apply(model.pipe, plan, precision=precision, strict=True, backend=backend)
+        apply(model.pipe, plan, precision=precision, strict=True, backend=backend, repair=repair)
         if plan or precision
         else nullcontext()
     )

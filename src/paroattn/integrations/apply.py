@@ -38,6 +38,7 @@ def apply(
     strict: bool = False,
     backend: str = "auto",
     other_sizes: str = "dense",
+    repair: bool = False,
     compile_blocks: bool = False,
 ) -> Handle:
     """`paroattn.apply` with a plan, or with a precision for all blocks; either is given."""
@@ -56,7 +57,9 @@ def apply(
         if plan.grid.text_tokens and plan.grid.text_position != text:
             raise PlanError(f"plan has text tokens as {plan.grid.text_position}; this model has them as {text}")
     parsed = None if precision is None else Precision.parse(precision)
-    return Handle(pipeline, plan, parsed, strict, backend, other_sizes, compile_blocks)
+    if repair and plan is None:
+        raise InputError("repair is for the blocks that a plan leaves out; apply with a plan or a density")
+    return Handle(pipeline, plan, parsed, strict, backend, other_sizes, repair, compile_blocks)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Handle:
         strict: bool,
         backend: str,
         other_sizes: str = "dense",
+        repair: bool = False,
         compiles_blocks: bool = False,
     ):
         self.plan = plan
@@ -105,6 +109,7 @@ class Handle:
         self._identity = pipeline.identity
         self._precision = precision
         self._backend = backend
+        self._repair = repair
         self.strict = strict
         self._runners: dict[tuple[Plan | None, torch.device], Runner] = {}
         self._ready_for: tuple[Runner, torch.dtype] | None = None
@@ -172,7 +177,7 @@ class Handle:
                 assert self._precision is not None
                 runner = Runner.of_precision(self._precision, self._identity, device, self._backend)
             else:
-                runner = Runner(plan, device, backend=self._backend)
+                runner = Runner(plan, device, backend=self._backend, repair=self._repair)
             self._runners[plan, device] = runner
         return runner
 

@@ -24,6 +24,7 @@ from paroattn.ops.inputs import (
     checked_scale,
     parsed_precisions,
 )
+from paroattn.ops.repair import repaired
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
 
@@ -39,6 +40,7 @@ def prepare(
     tensor_layout: TensorLayout = "HND",
     scale: float | None = None,
     backend: str = "auto",
+    repair: bool = False,
 ) -> PreparedAttention:
     """Move a layer's part of a plan to a device and check it there, once.
 
@@ -48,6 +50,8 @@ def prepare(
         tensor_layout: "HND" [B, H, N, D] or "NHD" [B, N, H, D].
         scale: factor of the logits; default 1 / sqrt(D).
         backend: "auto" or a backend's name.
+        repair: bring outputs closer to attention over all keys by 64 rows of each call that attend to them
+            (`paroattn.ops.repair`).
 
     Returns:
         An operator: `op(query, key, value, bucket=bucket)`.
@@ -62,7 +66,7 @@ def prepare(
         torch.Size([1, 2, 100, 64])
     """
     _check_parts(layer_plan)
-    return PreparedAttention(layer_plan, torch.device(device), dtype, tensor_layout, scale, backend)
+    return PreparedAttention(layer_plan, torch.device(device), dtype, tensor_layout, scale, backend, repair)
 
 
 class PreparedAttention:
@@ -79,6 +83,7 @@ class PreparedAttention:
         tensor_layout: TensorLayout,
         scale: float | None,
         backend: str,
+        repair: bool = False,
     ):
         check_layout(tensor_layout)
         self.layer_plan = layer_plan
@@ -86,6 +91,7 @@ class PreparedAttention:
         self.dtype = dtype
         self.tensor_layout = tensor_layout
         self.scale = scale
+        self.repair = repair
         self.backend = name_of_choice(backend, kind_of_calls(layer_plan, device, dtype))
         orders, order_index = layer_plan.orders, layer_plan.order_index
         if orders is not None and order_index is None and orders.numel() == orders.shape[-1]:  # one for all heads
@@ -141,7 +147,18 @@ class PreparedAttention:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         attend = planned_attention if torch.compiler.is_compiling() else _attend
         output = attend(query, key, value, bucket, key_mask, *self._layer)
+        if self.repair:
+            first, count = self._approximated(query.shape[2])
+            output = repaired(output, query, key, value, first=first, count=count, key_mask=key_mask, scale=self.scale)
         return output.transpose(1, 2) if self.tensor_layout == "NHD" else output
+
+    def _approximated(self, tokens: int) -> tuple[int, int]:
+        """First and number of the rows of a call that may lack blocks: all but those of text, which have all."""
+        grid = self.layer_plan.grid
+        if grid is None:
+            return 0, tokens
+        visual = grid.visual_tokens
+        return (tokens - visual if grid.text_position == "prefix" else 0), visual
 
 
 def _inputs_of(
