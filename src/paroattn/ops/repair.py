@@ -32,14 +32,14 @@ def repaired(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """An output closer to attention over all keys.
+    """Bring an output closer to attention over all keys, in place; returns it.
 
     With the probes' outputs o and what they miss, m = exact - o, as rows about their means: A = (o^T o + r I)^-1 o^T m,
     by the 64 x 64 system of its dual, each channel of o in units of its deviation. Every row becomes
     row + mean m + (row - mean o) A.
 
     Args:
-        output: [B, H, N, D], of block-sparse attention in any precision; may be changed in place.
+        output: [B, H, N, D], of block-sparse attention in any precision.
         query: [B, H, N, D]; key, value: [B, H or H_kv, N, D].
         first, count: the rows that are approximated, from which probes are taken; others stay as they are. Fewer than
             twice the probes stay, too.
@@ -68,8 +68,6 @@ def repaired(
     factor, _ = torch.linalg.cholesky_ex(units @ units.mT + ridge)
     weights = (units / deviation).mT @ torch.cholesky_solve(missed - mean_missed, factor)  # [B, H, D, D]
     moved = mean_missed - mean_found @ weights
-    result = rows + moved.to(rows.dtype) + rows @ weights.to(rows.dtype)
-    if count == output.shape[2]:
-        return result
-    output.narrow(2, first, count).copy_(result)
+    rows += rows @ weights.to(rows.dtype)
+    rows += moved.to(rows.dtype)
     return output
