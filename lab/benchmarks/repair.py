@@ -19,14 +19,15 @@ from paroattn_lab.models.bundled import IMAGE, VIDEO, load_bundled
 from paroattn_lab.quality.metrics import standard_error
 from paroattn_lab.quality.pairs import evaluation_psnr
 from paroattn_lab.records import environment, write_records
+from paroattn_lab.speed.random_plan import random_plan
 from paroattn_lab.speed.rounds import interleaved, paired_ratio
 
 import paroattn
-from paroattn import LayerPlan, Precision, prepare
-from paroattn.block_mask import BLOCK, block_count, pack_bits
+from paroattn import TokenGrid, prepare
 from paroattn.integrations.clock import now
+from paroattn.plan import ModelIdentity
 
-SHAPES = ((4_608, 128), (17_776, 64))
+SHAPES = ((TokenGrid(1, 64, 72), 128), (TokenGrid(16, 11, 101), 64))
 HEADS = 2
 TIMED_DENSITY = 0.3
 
@@ -53,20 +54,11 @@ def fidelity(name: str, densities: list[float], device: torch.device) -> list[di
     return found
 
 
-def speed(tokens: int, head_dim: int, device: torch.device, rounds: int) -> dict[str, Any]:
+def speed(grid: TokenGrid, head_dim: int, device: torch.device, rounds: int) -> dict[str, Any]:
     """Of INT8 with random masks and orders; on a CPU in float32, on a GPU in bfloat16."""
-    blocks = block_count(tokens, BLOCK)
-    masks = torch.rand(HEADS, blocks, blocks) < TIMED_DENSITY
-    masks[:, range(blocks), range(blocks)] = True
-    plan = LayerPlan(
-        precisions=(Precision.parse("int8"),) * HEADS,
-        orders=torch.stack([torch.randperm(tokens) for _ in range(HEADS)]),
-        mask_table=pack_bits(masks),
-        mask_index=torch.arange(HEADS, dtype=torch.int32).view(1, HEADS),
-        tokens=tokens,
-    )
+    (plan,) = random_plan(ModelIdentity("random", "", 1, HEADS, head_dim), grid, TIMED_DENSITY, "int8").layers()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tensors = [torch.randn(1, tokens, HEADS, head_dim, device=device, dtype=dtype) for _ in range(3)]
+    tensors = [torch.randn(1, grid.tokens, HEADS, head_dim, device=device, dtype=dtype) for _ in range(3)]
     bucket = torch.tensor(0, device=device)
 
     def seconds(op: Callable[..., torch.Tensor]) -> float:
@@ -79,7 +71,7 @@ def speed(tokens: int, head_dim: int, device: torch.device, rounds: int) -> dict
     ]
     times = interleaved([functools.partial(seconds, op) for op in operators], rounds, progress=False)
     record = {
-        "tokens": tokens,
+        "tokens": grid.tokens,
         "head_dim": head_dim,
         "heads": HEADS,
         "ms": 1000 * statistics.median(times[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -101,25 +102,11 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bloc
     return lambda: compiled(query, key, value, block_mask=flex_mask, kernel_options=tiles)
 
 
-def _flash_attn(query: Tensor, key: Tensor, value: Tensor) -> Call:
-    from flash_attn import flash_attn_func
-
-    query, key, value = _tokens_first(query, key, value)
-    return lambda: flash_attn_func(query, key, value).transpose(1, 2)
-
-
-def _flash_attn_3(query: Tensor, key: Tensor, value: Tensor) -> Call:
-    from fa3_fwd_interface import flash_attn_func
-
-    query, key, value = _tokens_first(query, key, value)
-    return lambda: flash_attn_func(query, key, value).transpose(1, 2)
-
-
-def _flash_attn_3_fp8(query: Tensor, key: Tensor, value: Tensor) -> Call:
-    from fa3_fwd_interface import flash_attn_func
-
+def _flash_attn(module: str, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> Call:
+    """FlashAttention 2 or 3 on tensors of a dtype; making them of the given ones is part of the call."""
+    attend = importlib.import_module(module).flash_attn_func
     tensors = _tokens_first(query, key, value)
-    return lambda: flash_attn_func(*(x.to(torch.float8_e4m3fn) for x in tensors)).transpose(1, 2)
+    return lambda: attend(*(x.to(dtype) for x in tensors)).transpose(1, 2)
 
 
 def _flash_attn_4(
@@ -130,9 +117,9 @@ def _flash_attn_4(
 
     query, key, value = _tokens_first(query, key, value)
     kept = None
-    if mask is not None:
-        numbers, columns = _kept_blocks(mask)
-        numbers, columns = (x.unsqueeze(0).expand(len(query), *x.shape) for x in (numbers, columns))
+    if mask is not None and blocks is not None:
+        lists = BlockMask.from_dense(mask, query.shape[1], *blocks).kv_lists()
+        numbers, columns = (x.unsqueeze(0).expand(len(query), *x.shape) for x in lists)
         # Blocks that are masked in part come first; there are none.
         kept = BlockSparseTensorsTorch(torch.zeros_like(numbers), columns[..., :1], numbers, columns, block_size=blocks)
 
@@ -172,8 +159,9 @@ def _fastvideo(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, blocks: 
     from fastvideo_kernel import block_sparse_attn_from_indices
 
     tokens = query.shape[2]
+    lists = BlockMask.from_dense(mask, tokens, *blocks).kv_lists()
     query, key, value = (pad(x, (0, 0, 0, -tokens % blocks[0])) for x in (query, key, value))
-    numbers, columns = (x.unsqueeze(0).repeat(len(query), *(1,) * x.ndim) for x in _kept_blocks(mask))
+    numbers, columns = (x.unsqueeze(0).repeat(len(query), *(1,) * x.ndim) for x in lists)
     sizes = _block_sizes(tokens, blocks[1], query.device)
     return lambda: block_sparse_attn_from_indices(query, key, value, columns, numbers, sizes)[0][:, :, :tokens]
 
@@ -188,12 +176,6 @@ def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2).contiguous() for x in tensors)
 
 
-def _kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the number of kept blocks and, first in the row, their columns: int32 [H, R] and [H, R, C]."""
-    columns = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
-    return mask.sum(-1, dtype=torch.int32), columns.to(torch.int32)
-
-
 def _block_sizes(tokens: int, size: int, device: torch.device) -> Tensor:
     """Tokens in each block, int32."""
     sizes = torch.full((block_count(tokens, size),), size, dtype=torch.int32, device=device)
@@ -205,9 +187,14 @@ _ANY = ((128, 128), (128, 64), (64, 64))
 GPU_PEERS = (
     Peer("sdpa flash", "torch", functools.partial(sdpa, "FLASH_ATTENTION")),
     Peer("sdpa cudnn", "torch", functools.partial(sdpa, "CUDNN_ATTENTION")),
-    Peer("flash-attn", "flash_attn_2_cuda", _flash_attn),
-    Peer("flash-attn-3", "fa3_fwd", _flash_attn_3),
-    Peer("flash-attn-3", "fa3_fwd", _flash_attn_3_fp8, precision="fp8"),
+    Peer("flash-attn", "flash_attn_2_cuda", functools.partial(_flash_attn, "flash_attn", torch.bfloat16)),
+    Peer("flash-attn-3", "fa3_fwd", functools.partial(_flash_attn, "fa3_fwd_interface", torch.bfloat16)),
+    Peer(
+        "flash-attn-3",
+        "fa3_fwd",
+        functools.partial(_flash_attn, "fa3_fwd_interface", torch.float8_e4m3fn),
+        precision="fp8",
+    ),
     Peer("flash-attn-4", "flash_attn.cute", _flash_attn_4),
     Peer("sageattention", "sageattention", _sage),
     Peer("comfy-kitchen", "comfy_kitchen", _comfy, precision="int8"),

@@ -127,14 +127,12 @@ class Handle:
         with ExitStack() as undo:
             if compiles_blocks:
                 undo.callback(compile_blocks(pipeline.transformers))
-            self._attachment = Attachment(
-                pipeline, self._layers, self._before_forward, self._after_forward, self._after_call
-            )
+            attachment = Attachment(pipeline, self._layers, self._before_forward, self._after_forward, self._after_call)
+            undo.callback(attachment.remove)
             self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Restore the pipeline's own attention, bitwise; what others changed since stays."""
-        self._attachment.remove()
         self._undo.close()
 
     @property

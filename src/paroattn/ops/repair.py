@@ -63,9 +63,10 @@ def repaired(
     centred = found - mean_found
     deviation = centred.square().mean(2, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     units = centred / deviation
-    ridge = _RIDGE * PROBES * torch.eye(PROBES, device=output.device)
+    system = units @ units.mT
+    system.diagonal(dim1=-2, dim2=-1).add_(_RIDGE * PROBES)
     # Positive definite by the ridge, so that nothing has to be looked at, for which a GPU would be waited for.
-    factor, _ = torch.linalg.cholesky_ex(units @ units.mT + ridge)
+    factor, _ = torch.linalg.cholesky_ex(system)
     weights = (units / deviation).mT @ torch.cholesky_solve(missed - mean_missed, factor)  # [B, H, D, D]
     moved = mean_missed - mean_found @ weights
     rows += rows @ weights.to(rows.dtype)
