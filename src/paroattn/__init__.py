@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from paroattn.errors import InputError, MissingPartError, PlanError
     from paroattn.grid import TokenGrid
     from paroattn.integrations.observe import observe
+    from paroattn.integrations.parallel import cp_plan
     from paroattn.ops.attention import attention
     from paroattn.ops.backend import backends
     from paroattn.ops.prepared import prepare
@@ -37,6 +38,7 @@ __all__ = [
     "backends",
     "calibrate",
     "calibrate_paper",
+    "cp_plan",
     "identify",
     "observe",
     "prepare",
@@ -62,6 +64,7 @@ _NEED_DIFFUSERS = {
     "apply": "paroattn.calibration.self_calibrating",
     "calibrate": "paroattn.calibration.calibrate",
     "calibrate_paper": "paroattn.calibration.paper",
+    "cp_plan": "paroattn.integrations.parallel",
     "identify": "paroattn.integrations.pipeline",
     "observe": "paroattn.integrations.observe",
 }

@@ -21,7 +21,7 @@ from paroattn.hub import add_plan, find_plan, push_plan
 from paroattn.keep import check_density, check_reachable, keep_best
 from paroattn.mask_coding import MaskRules
 from paroattn.order import check_order, fitting_order, same_blocks, token_order
-from paroattn.plan_file import TensorKinds, check_tensor, open_plan_file, write_plan_file
+from paroattn.plan_file import TensorKinds, check_tensor, digest_of, open_plan_file, write_plan_file
 from paroattn.plan_header import ModelIdentity, check_parts, header_of, parts_of
 from paroattn.quantize import Precision
 from paroattn.transfer import block_distances, resample_masks
@@ -47,7 +47,7 @@ class LayerPlan:
     Attributes:
         precisions: one per head; their number is the number of heads.
         orders: int32 or int64 [distinct orders, N], gather indices, or None for the model's own order.
-        order_index: integer [H] into orders; None if there is one order per head.
+        order_index: integer [H] or [step buckets, H] into orders; None if there is one order per head.
         mask_table: uint8 [masks, q blocks, ceil(kv blocks / 8)], or None for dense attention.
         mask_index: int32 [step buckets, H] into mask_table; None if there is one mask per head, for all steps.
         compensate: bool [step buckets, H], or None for nowhere.
@@ -73,10 +73,30 @@ class LayerPlan:
 
     @property
     def permutation(self) -> Tensor | None:
-        """The heads' orders as gather indices [H, N], or None."""
+        """The heads' orders as gather indices [H, N], or None; not for orders by step bucket."""
         if self.orders is None or self.order_index is None:
             return self.orders
         return self.orders.index_select(0, self.order_index)
+
+    def of_heads(self, heads: Tensor) -> LayerPlan:
+        """The part for some heads of a layer that has all of its indices.
+
+        Args:
+            heads: integer [heads] or [step buckets, heads], their numbers in the order wanted; in all step buckets of
+                the same precisions.
+        """
+        assert self.order_index is not None
+        assert self.mask_index is not None
+        assert self.compensate is not None
+        by_bucket = heads.expand(len(self.mask_index), heads.shape[-1]).to(self.mask_index.device, torch.int64)
+        order = self.order_index.expand(len(by_bucket), -1).gather(1, by_bucket)
+        return replace(
+            self,
+            precisions=tuple(self.precisions[head] for head in by_bucket[0].tolist()),
+            order_index=order[0] if bool((order == order[0]).all()) else order,
+            mask_index=self.mask_index.gather(1, by_bucket),
+            compensate=self.compensate.gather(1, by_bucket),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +176,12 @@ class Plan:
         """Density of each layer and head over the steps in which the layer is called, float64 [layers, heads]."""
         calls = (bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage).unsqueeze(-1)
         return (self.densities() * calls).sum(0) / calls.sum(0).clamp(min=1e-30)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that attention depends on, the same in other processes."""
+        told = {name: value for name, value in header_of(self).items() if name not in ("provenance", "quality")}
+        return digest_of(told, {name: getattr(self, name).contiguous() for name in _TENSOR_DTYPES})
 
     @property
     def bucket_levels(self) -> tuple[float, ...]:

@@ -230,9 +230,14 @@ def _digest(header: bytes, tensors: Mapping[str, Tensor]) -> bytes:
     return digest.digest()
 
 
+def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a header and tensors that need not be in a file, in hexadecimal digits."""
+    return _digest(json.dumps(header, sort_keys=True).encode(), tensors).hex()
+
+
 def _version_0_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     content = {key: value for key, value in header.items() if key != "digest"}
-    return _digest(json.dumps(content, sort_keys=True).encode(), tensors).hex()
+    return digest_of(content, tensors)
 
 
 def one_line(error: Exception) -> str:

@@ -41,7 +41,9 @@ class Runner:
         device: of the tensors that calls will bring.
         layers: numbers of the plan's layers that the host has, in its order; default: all. A second transformer has
             the last ones.
-        heads: numbers of the plan's heads that the host has, in its order (one rank's, say); default: all.
+        heads: numbers of the plan's heads that the host has, in its order (one rank's, say); default: all. Where they
+            differ by step bucket and layer, an integer tensor [step buckets, layers, heads], in which places keep their
+            precision.
         backend: "auto" or a backend's name.
         repair: bring outputs closer to attention over all keys, by 64 rows of each call that attend to them.
 
@@ -63,19 +65,22 @@ class Runner:
         device: torch.device | str,
         *,
         layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        heads: Sequence[int] | Tensor | None = None,
         backend: str = "auto",
         repair: bool = False,
     ):
         kind = CallKind(plan.precisions, block_shape=(plan.block_q, plan.block_kv))
         choose_backend(backend, kind)
-        part, device = part_of(plan, layers, heads), torch.device(device)
+        device = torch.device(device)
+        part = part_of(plan, layers, None if isinstance(heads, Tensor) else heads)
         table, index = resident(part.mask_table, device), part.mask_index.to(device)
         light = replace(part, mask_table=part.mask_table[:1], mask_index=torch.zeros_like(part.mask_index))
         layer_plans = [
             replace(layer, mask_table=table, mask_index=index[:, number])
             for number, layer in enumerate(light.layers(device))
         ]
+        if isinstance(heads, Tensor):
+            layer_plans = [layer.of_heads(heads[:, number]) for number, layer in enumerate(layer_plans)]
         calibrated = (part.usage > 0).any(0).tolist()
         self._set_up(layer_plans, plan.grid, plan.bucket_levels, device, backend, calibrated, repair)
 

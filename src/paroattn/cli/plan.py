@@ -147,6 +147,34 @@ def export(path: Path, output: Path, layer: int, bucket: int, form: str) -> None
     click.echo(f"wrote {output}: {mask.heads} heads, {mask.density:.3f} of the blocks")
 
 
+@plan.command(epilog=example_lines("paroattn plan balance wan.safetensors --ranks 2,4,8"))
+@_plan_argument
+@click.option("--ranks", default="2,4,8", show_default=True, help="Numbers of GPUs that share the heads.")
+@json_option
+def balance(path: Path, ranks: str, as_json: bool) -> None:
+    """Show how evenly GPUs that share a plan's heads (Ulysses) are busy, with and without balancing.
+
+    Each call of a layer takes as long as its slowest rank; 1.00 times the mean is best. Costs are estimated from the
+    blocks that each head computes or approximates.
+    """
+    from paroattn.balance import balanced_heads, heads_in_order, load_of
+
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", ranks):
+        raise click.UsageError(f"--ranks is {ranks!r}; expected numbers with commas, such as 2,4,8")
+    loaded, rows = Plan.load(path), []
+    for count in map(int, ranks.split(",")):
+        for name, heads in (("in their order", heads_in_order(loaded)), ("balanced", balanced_heads(loaded, count))):
+            rows.append({"ranks": count, "heads": name, **load_of(loaded, heads, count)._asdict()})
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("ranks", "heads", "slowest over mean", "share of each rank", title=escape(path.name))
+    for row in rows:
+        shares = " ".join(f"{share:.1%}" for share in row["shares"])
+        table.add_row(str(row["ranks"]), row["heads"], f"{row['slowest']:.3f}", shares)
+    new_console().print(table)
+
+
 def _grid_of(text: str, own: TokenGrid) -> TokenGrid:
     """The grid of a size such as 21x45x80, with text as in a plan's own grid."""
     match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})x([1-9]\d{0,6})", text)

@@ -13,15 +13,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from paroattn.balance import balanced_heads, heads_in_order
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import Boxes, TokenGrid
 from paroattn.integrations.attach import Attachment, Forward
 from paroattn.integrations.compiling import compile_blocks
 from paroattn.integrations.descriptors import describe
+from paroattn.integrations.parallel import Sharing, check_agreement, sharing_of
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
+from paroattn.ops.exchange import Exchange
 from paroattn.plan import ModelIdentity, Plan
 from paroattn.quantize import Precision
 from paroattn.runner import Dense, LayerRunner, Runner
@@ -111,6 +114,10 @@ class Handle:
         self._backend = backend
         self._repair = repair
         self.strict = strict
+        self._transformers = pipeline.transformers
+        self._sharings: dict[nn.Module, Sharing | None] = {}
+        self._rank, self._ranks = 0, 1
+        self._heads: dict[tuple[Plan | None, torch.device], list[Tensor]] = {}
         self._runners: dict[tuple[Plan | None, torch.device], Runner] = {}
         self._ready_for: tuple[Runner, torch.dtype] | None = None
         self._lock, self._adapting = threading.Lock(), threading.Lock()
@@ -120,6 +127,7 @@ class Handle:
         self._layers = [PlannedLayer(self, layer, request) for layer, request in enumerate(owners)]
         device, dtype = pipeline.place
         if plan is not None or precision is not None:
+            self._look_at_ranks(pipeline.transformers[0])
             runner = self.runner(plan, torch.device("cpu") if device.type == "meta" else device)
             self._make_ready(runner, device, dtype)
             if plan is not None and device.type == "cuda":
@@ -127,7 +135,10 @@ class Handle:
         with ExitStack() as undo:
             if compiles_blocks:
                 undo.callback(compile_blocks(pipeline.transformers))
-            attachment = Attachment(pipeline, self._layers, self._before_forward, self._after_forward, self._after_call)
+            exchanges = [layer.exchange for layer in self._layers]
+            attachment = Attachment(
+                pipeline, self._layers, self._before_forward, self._after_forward, self._after_call, exchanges
+            )
             undo.callback(attachment.remove)
             self._undo = undo.pop_all()
 
@@ -168,16 +179,44 @@ class Handle:
             warnings.warn(f"{reason}: the model's own attention runs instead", stacklevel=2)
 
     def runner(self, plan: Plan | None, device: torch.device) -> Runner:
-        """What computes a plan on a device; None stands for all blocks in the handle's precision."""
+        """What computes this rank's heads of a plan on a device; None: all blocks in the handle's precision."""
         runner = self._runners.get((plan, device))
         if runner is None:
+            own = self._identity.heads // self._ranks
             if plan is None:
                 assert self._precision is not None
-                runner = Runner.of_precision(self._precision, self._identity, device, self._backend)
+                model = replace(self._identity, heads=own)
+                runner = Runner.of_precision(self._precision, model, device, self._backend)
+                heads = torch.arange(self._identity.heads).expand(1, self._identity.layers, -1)
             else:
-                runner = Runner(plan, device, backend=self._backend, repair=self._repair)
+                exchanging = any(sharing is not None and sharing.group for sharing in self._sharings.values())
+                heads = balanced_heads(plan, self._ranks) if exchanging else heads_in_order(plan)
+                mine = None if self._ranks == 1 else heads[..., self._rank * own : (self._rank + 1) * own]
+                runner = Runner(plan, device, heads=mine, backend=self._backend, repair=self._repair)
+            self._heads[plan, device] = list(heads.to(device).unbind(1))
             self._runners[plan, device] = runner
         return runner
+
+    def heads(self, plan: Plan | None, layer: int, device: torch.device) -> Tensor:
+        """The order in which ranks take a layer's heads, int64 [step buckets, H]."""
+        self.runner(plan, device)
+        return self._heads[plan, device][layer]
+
+    def _look_at_ranks(self, transformer: nn.Module) -> Sharing | None:
+        """How ranks share a transformer; all of them look at the same time, before each forward call."""
+        sharing = sharing_of(transformer)
+        if transformer in self._sharings and sharing == self._sharings[transformer]:
+            return sharing
+        self._sharings[transformer] = sharing
+        if sharing is not None:
+            check_agreement(sharing, repr((self.plan and self.plan.digest, self._precision, self._other_sizes)))
+        rank, ranks = (0, 1) if sharing is None else (sharing.rank, sharing.ranks)
+        if self._identity.heads % ranks:
+            raise InputError(f"{ranks} ranks share {self._identity.heads} heads; expected a number that divides them")
+        if (rank, ranks) != (self._rank, self._ranks):
+            self._rank, self._ranks = rank, ranks
+            self._runners.clear()
+        return sharing
 
     def _choose(self, forward: Forward) -> Plan | Dense | None:
         """The plan of a forward call (None: all blocks), or why it stays dense."""
@@ -205,7 +244,9 @@ class Handle:
 
     def _before_forward(self, forward: Forward) -> None:
         self._collect()
+        sharing = self._look_at_ranks(self._transformers[forward.transformer])
         tensor, request = forward.latents, self._requests[forward.transformer]
+        request.share(sharing, forward.grid)
         chosen = self._choose(forward)
         observe = self._observer()
         if isinstance(chosen, Dense):
@@ -226,9 +267,10 @@ class Handle:
         if device.type == "meta" or self._ready_for == (runner, dtype):
             return
         self._ready_for = (runner, dtype)
-        for layer, own in zip(self._layers, runner.layers, strict=True):
+        heads = next(self._heads[key] for key, known in self._runners.items() if known is runner)
+        for layer, own, order in zip(self._layers, runner.layers, heads, strict=True):
             own.make_ready(dtype)
-            layer.runner = own
+            layer.runner, layer.heads = own, order
 
     def _collect(self) -> None:
         """Count what compiled code noted."""
@@ -246,6 +288,8 @@ class _Known:
 
     reason: str | None = "attention was called outside of the transformer's forward call"
     observe: Observer | None = None
+    sharing: Sharing | None = None
+    tokens: tuple[int, int] | None = None  # visual tokens and those of text
     plan: Plan | None
     runner: Runner
     bucket: Tensor
@@ -287,6 +331,14 @@ class _Request:
         if observe is not None and reason is not None:
             self._in_compiled.reason = UNSEEN
 
+    def share(self, sharing: Sharing | None, grid: TokenGrid | None) -> None:
+        """Say how ranks share the transformer in the call that begins."""
+        if sharing is not None and sharing.is_own and grid is None:
+            raise InputError("ranks share tokens that form no boxes; generate such requests without enable_parallelism")
+        for known in (self._by_thread, self._in_compiled):
+            known.sharing = sharing
+            known.tokens = None if grid is None else (grid.visual_tokens, grid.text_tokens)
+
     def end(self) -> None:
         self._thread = None
 
@@ -307,6 +359,7 @@ class PlannedLayer:
         self._layer = layer
         self._request = request
         self.runner: LayerRunner | None = None
+        self.heads: Tensor | None = None
         self.noted: tuple[str | None, ...] = ()  # by compiled code, which cannot count: the reason of its last call
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -321,6 +374,21 @@ class PlannedLayer:
         if call.attends_to_itself:  # an IP-adapter's calls do not, and no plan is about them
             self._note(output.reason)
         return call.dense()
+
+    def exchange(self, tokens: int) -> Exchange | None:
+        """How the call that comes exchanges so many tokens for heads; None if it does not, or the model does it."""
+        known = self._request.now
+        sharing = known.sharing
+        if sharing is None or sharing.group is None or known.tokens is None:
+            return None
+        parts = sharing.parts(*known.tokens, tokens)
+        if known.reason is None:
+            heads = self.heads
+            if not torch.compiler.is_compiling():
+                heads = self._handle.heads(known.plan, self._layer, known.bucket.device)
+            assert heads is not None
+            return Exchange(heads.index_select(0, known.bucket.reshape(1)).view(-1), parts, sharing.group, sharing.rank)
+        return Exchange(None, parts, sharing.group, sharing.rank) if sharing.is_own else None
 
     def _attend(self, call: AttentionCall, known: _Known) -> Tensor | Dense:
         runner, bucket = self.runner, known.bucket

@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from paroattn.errors import InputError
 from paroattn.grid import TokenGrid
 from paroattn.integrations.descriptors import ModelDescriptor, describe
+from paroattn.integrations.parallel import sharing_of
 from paroattn.integrations.pipeline import Pipeline
-from paroattn.integrations.rebind import CallShape, Intercept, is_rebound, rebind, refuse_copies, released
+from paroattn.integrations.rebind import (
+    CallShape,
+    ExchangeOf,
+    Intercept,
+    is_rebound,
+    no_exchange,
+    rebind,
+    refuse_copies,
+    released,
+)
 
 
 class Forward(NamedTuple):
@@ -59,6 +69,7 @@ class Attachment:
         on_forward: see `OnForward`.
         after_forward: called with the transformer's number when a forward call has ended, also by an error.
         after_call: called when a call of the pipeline has ended, with whether it did so without an error.
+        exchanges: of the layers, where intercepts can do with a transformer that ranks share.
 
     Raises:
         InputError: paroattn is attached already, or a processor cannot be taken over; nothing is changed then. While
@@ -72,17 +83,19 @@ class Attachment:
         on_forward: OnForward,
         after_forward: Callable[[int], None] = lambda transformer: None,
         after_call: Callable[[bool], None] = lambda succeeded: None,
+        exchanges: Sequence[ExchangeOf] | None = None,
     ):
         self._pipeline = Pipeline(pipe)
         self._after_call = after_call
         modules = self._pipeline.layers
         if any(is_rebound(module.processor) for own in modules for module in own):
             raise InputError("paroattn is already applied to this pipeline; call remove() on its handle first")
-        remaining = iter(intercepts)
-        rebound = [
-            [rebind(module.processor, next(remaining), _shape_of_calls(describe(transformer))) for module in own]
-            for transformer, own in zip(self._pipeline.transformers, modules, strict=True)
-        ]
+        given = zip(intercepts, exchanges or [no_exchange] * len(intercepts), strict=True)
+        rebound = []
+        for transformer, own in zip(self._pipeline.transformers, modules, strict=True):
+            shape = _shape_of_calls(describe(transformer))
+            pairs = [(module, *next(given)) for module in own]
+            rebound.append([rebind(module.processor, at, shape, exchange) for module, at, exchange in pairs])
         self._installed: list[tuple[Any, Any, Any]] = []  # module, its own processor, the rebound one
         self._hooks: list[Any] = []
         self._attached = True
@@ -93,7 +106,7 @@ class Attachment:
                     self._installed.append((module, module.processor, processor))
                     module.processor = processor
                 transformer = self._pipeline.transformers[number]
-                watcher = _Watcher(number, transformer, installed, on_forward, after_forward)
+                watcher = _Watcher(number, transformer, installed, on_forward, after_forward, exchanges is not None)
                 self._hooks += self._pipeline.hook(number, before=watcher, after=watcher.ended)
             self._pipeline.watch(self._around_call)
         except BaseException:
@@ -154,8 +167,11 @@ class _Watcher:
         installed: list[tuple[Any, Any]],
         on_forward: OnForward,
         after_forward: Callable[[int], None],
+        may_be_shared: bool,
     ):
         self._number = number
+        self._transformer = transformer
+        self._may_be_shared = may_be_shared
         self._descriptor = describe(transformer)
         self._config = transformer.config
         self._names = list(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -177,6 +193,8 @@ class _Watcher:
                 "the transformer's attention processors were replaced after paroattn was applied (by fusing "
                 "projections or loading an adapter, say); call remove() on its handle and apply again"
             )
+        if not self._may_be_shared and sharing_of(self._transformer) is not None:
+            raise InputError("the transformer is shared by ranks; calibrate and observe before enable_parallelism")
         self._on_forward(
             Forward(self._number, self._descriptor, arguments, self._descriptor.grid(self._config, arguments))
         )

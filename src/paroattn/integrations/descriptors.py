@@ -48,6 +48,8 @@ class ModelDescriptor:
         text_asks: text tokens are queries, too; False where they are keys only.
         pair_masks: masks are [B, 1 or H, N, N], and their rows are the same for all visual tokens and heads.
         text_masks: they are added, 0 for what is seen, and have rows of their own for text (causal text of OmniGen).
+        splits: what context parallelism splits over ranks: "all" tokens as one sequence, "parts": visual tokens and
+            text tokens, each by itself, or "visual" tokens only; None where it is not known.
         timestep_range: the timestep that stands for pure noise: 1000, or 1 for models that are handed a share.
         ascending: timesteps grow while noise falls (Mochi, Z-Image).
         latents_of, timestep_of: find the latents, a tensor or a list, and the timestep among the arguments.
@@ -61,6 +63,7 @@ class ModelDescriptor:
     text_asks: bool = True
     pair_masks: bool = False
     text_masks: bool = False
+    splits: Literal["all", "parts", "visual"] | None = None
     timestep_range: float = 1000.0
     ascending: bool = False
     latents_of: Callable[[Arguments], Any] = itemgetter("hidden_states")
@@ -240,10 +243,12 @@ def _video_and_history(config: Any, arguments: Arguments) -> Boxes:
 
 
 _DOUBLE_AND_SINGLE = (r"transformer_blocks\.(\d+)\.attn", r"single_transformer_blocks\.(\d+)\.attn")
-_WAN = ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4))
-_FLUX = ModelDescriptor(_DOUBLE_AND_SINGLE, _position_ids, text="prefix", timestep_range=1.0)
-_COGVIDEOX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix")
-_LTX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), _ltx_video, text="prefix", text_tokens=None)
+_WAN = ModelDescriptor((r"blocks\.(\d+)\.attn1",), latents(2, 3, 4), splits="all")
+_FLUX = ModelDescriptor(_DOUBLE_AND_SINGLE, _position_ids, text="prefix", splits="parts", timestep_range=1.0)
+_COGVIDEOX = ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(1, 3, 4), text="prefix", splits="visual")
+_LTX = ModelDescriptor(
+    (r"transformer_blocks\.(\d+)\.attn1",), _ltx_video, text="prefix", text_tokens=None, splits="all"
+)
 _COGVIEW = replace(_COGVIDEOX, boxes=latents(2, 3))
 
 DESCRIPTORS = {
@@ -261,7 +266,9 @@ DESCRIPTORS = {
         boxes=latents(2, 3, 4),
         text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_t5"),
     ),
-    "HunyuanVideoTransformer3DModel": ModelDescriptor(_DOUBLE_AND_SINGLE, latents(2, 3, 4), text="suffix"),
+    "HunyuanVideoTransformer3DModel": ModelDescriptor(
+        _DOUBLE_AND_SINGLE, latents(2, 3, 4), text="suffix", splits="visual"
+    ),
     "HunyuanVideoFramepackTransformer3DModel": ModelDescriptor(
         _DOUBLE_AND_SINGLE,
         _video_and_history,
@@ -275,6 +282,7 @@ DESCRIPTORS = {
         text="suffix",
         text_tokens=lengths("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
         pair_masks=True,
+        splits="visual",
     ),
     "MotifVideoTransformer3DModel": ModelDescriptor(
         _DOUBLE_AND_SINGLE,
@@ -289,12 +297,13 @@ DESCRIPTORS = {
         _positions_of_video,
         text="prefix",
         text_tokens=lambda config, arguments: len(arguments["position_ids"]) - len(arguments["video_indices"]),
+        splits="all",
         timestep_range=1.0,
         ascending=True,
         timestep_of=lambda arguments: arguments["timestep"][arguments["timestep_indices"][-1]],
     ),
     "MochiTransformer3DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), text="suffix", ascending=True
+        (r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4), text="suffix", splits="visual", ascending=True
     ),
     "AllegroTransformer3DModel": ModelDescriptor((r"transformer_blocks\.(\d+)\.attn1",), latents(2, 3, 4)),
     "CosmosTransformer3DModel": ModelDescriptor(
@@ -331,7 +340,7 @@ DESCRIPTORS = {
         ascending=True,
     ),
     "QwenImageTransformer2DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", timestep_range=1.0
+        (r"transformer_blocks\.(\d+)\.attn",), _image_shapes, text="prefix", splits="parts", timestep_range=1.0
     ),
     "QwenImage21Transformer2DModel": ModelDescriptor(
         (r"transformer_blocks\.(\d+)\.attn",),
@@ -348,7 +357,10 @@ DESCRIPTORS = {
         (r"blocks\.(\d+)\.attention",), latents(2, 3), text="prefix", text_asks=False, timestep_range=1.0
     ),
     "SD3Transformer2DModel": ModelDescriptor(
-        (r"transformer_blocks\.(\d+)\.attn", r"transformer_blocks\.(\d+)\.attn2"), latents(2, 3), text="suffix"
+        (r"transformer_blocks\.(\d+)\.attn", r"transformer_blocks\.(\d+)\.attn2"),
+        latents(2, 3),
+        text="suffix",
+        splits="visual",
     ),
     "HunyuanImageTransformer2DModel": ModelDescriptor(
         _DOUBLE_AND_SINGLE,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from paroattn.errors import InputError
 from paroattn.integrations.rotary import rotated
+from paroattn.ops.exchange import Exchange
 
 
 class AttentionCall(NamedTuple):
@@ -56,6 +57,10 @@ Intercept = Callable[[AttentionCall], Tensor]
 """Takes the place of one layer's attention: the output, [B, N, H, D]."""
 
 
+ExchangeOf = Callable[[int], Exchange | None]
+"""How a call of a layer with so many tokens exchanges them with other ranks, or None."""
+
+
 class CallShape(NamedTuple):
     """How a model calls attention.
 
@@ -72,22 +77,32 @@ class CallShape(NamedTuple):
     text_masks: bool = False
 
 
-_INTERCEPT, _SHAPE = "_paroattn_intercept", "_paroattn_shape"
+_INTERCEPT, _SHAPE, _EXCHANGE = "_paroattn_intercept", "_paroattn_shape", "_paroattn_exchange_of"
 
 
-def rebind(processor: Any, intercept: Intercept, shape: CallShape = CallShape()) -> Any:
-    """A copy of a diffusers attention processor whose attention call goes to `intercept`."""
+def no_exchange(tokens: int) -> None:
+    """An `ExchangeOf` of a model that one process has."""
+
+
+def rebind(
+    processor: Any, intercept: Intercept, shape: CallShape = CallShape(), exchange_of: ExchangeOf = no_exchange
+) -> Any:
+    """A copy of a diffusers attention processor whose attention call goes to `intercept`.
+
+    Exchanges are made around it: it sees all tokens of this rank's heads.
+    """
     rebound = copy.copy(processor)
     processor_class: Any = type(processor)
     rebound.__class__ = _rebound_class(processor_class)
     setattr(rebound, _INTERCEPT, intercept)
     setattr(rebound, _SHAPE, shape)
+    setattr(rebound, _EXCHANGE, exchange_of)
     return rebound
 
 
 def released(rebound: Any, own: Any) -> Any:
     """The processor of a rebound one: `own`, from which it was made, or a copy with what was set on it since."""
-    attributes = {name: value for name, value in vars(rebound).items() if name not in (_INTERCEPT, _SHAPE)}
+    attributes = {name: value for name, value in vars(rebound).items() if name not in (_INTERCEPT, _SHAPE, _EXCHANGE)}
     before = vars(own)
     if attributes.keys() == before.keys() and all(before[name] is value for name, value in attributes.items()):
         return own
@@ -114,6 +129,7 @@ class _Redirected:
 
     _paroattn_intercept: Intercept
     _paroattn_shape: CallShape
+    _paroattn_exchange_of: ExchangeOf
 
     __reduce_ex__ = refuse_copies
     _paroattn_rotated = staticmethod(rotated)
@@ -134,29 +150,24 @@ class _Redirected:
         parallel_config: Any = None,
     ) -> Tensor:
         """In place of `dispatch_attention_fn`, tensors [B, N, H, D]."""
-        if parallel_config is not None:
-            raise InputError(
-                "paroattn does not run under context parallelism; call remove() on its handle, or disable parallelism"
-            )
+        exchange = self._paroattn_exchange(query, key)
 
-        def dense() -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return dispatch_attention_fn(
                 query,
                 key,
                 value,
-                attn_mask=attn_mask,
+                attn_mask=mask,
                 dropout_p=dropout_p,
                 is_causal=is_causal,
                 scale=scale,
                 enable_gqa=enable_gqa,
                 attention_kwargs=attention_kwargs,
                 backend=backend,
+                parallel_config=parallel_config if exchange is None else None,
             )
 
-        mask = attn_mask
-        if isinstance(mask, Tensor) and mask.ndim == 2:  # [B, N], as PyTorch's own attention does not take it
-            mask = mask[:, None, None]
-        return self._paroattn_attend(query, key, value, mask, is_causal, scale, dense)
+        return self._paroattn_exchanged(query, key, value, attn_mask, is_causal, scale, attend, exchange)
 
     def _paroattn_sdpa(
         self,
@@ -171,14 +182,45 @@ class _Redirected:
     ) -> Tensor:
         """In place of `torch.nn.functional.scaled_dot_product_attention`, tensors [B, H, N, D]."""
 
-        def dense() -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            tensors = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             output = F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                *tensors, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return output.transpose(1, 2)
 
         tensors = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self._paroattn_attend(*tensors, attn_mask, is_causal, scale, dense).transpose(1, 2)
+        exchange = self._paroattn_exchange(*tensors[:2])
+        return self._paroattn_exchanged(*tensors, attn_mask, is_causal, scale, attend, exchange).transpose(1, 2)
+
+    def _paroattn_exchange(self, query: Tensor, key: Tensor) -> Exchange | None:
+        """The exchange of a call, none of cross-attention."""
+        tokens = query.shape[1]
+        return self._paroattn_exchange_of(tokens) if key.shape[1] == tokens else None
+
+    def _paroattn_exchanged(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+        exchange: Exchange | None,
+    ) -> Tensor:
+        """The intercept's output of a redirected call, within the exchange if there is one; tensors [B, N, H, D]."""
+        own_mask = attn_mask
+        if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2:  # [B, N], as PyTorch's own attention does not take it
+            attn_mask = attn_mask[:, None, None]
+        if exchange is None:
+            dense = functools.partial(attend, query, key, value, own_mask)
+            return self._paroattn_attend(query, key, value, attn_mask, is_causal, scale, dense)
+        if isinstance(attn_mask, Tensor):
+            attn_mask = exchange.whole_mask(_mask_of_keys(attn_mask, key, self._paroattn_shape))
+        query, key, value = exchange.to_heads(query, key, value)
+        dense = functools.partial(attend, query, key, value, attn_mask)
+        return exchange.to_tokens(self._paroattn_attend(query, key, value, attn_mask, is_causal, scale, dense))
 
     def _paroattn_attend(
         self,
@@ -218,9 +260,8 @@ def _call_of(
 ) -> AttentionCall:
     """A redirected call as an intercept gets it; tensors [B, N, H, D]."""
     whole_mask, with_text = attn_mask, None
-    if shape.pair_masks and isinstance(attn_mask, Tensor) and attn_mask.shape[-2] == key.shape[1]:
-        attn_mask = attn_mask[:, :1, -1 if shape.text_first else 0].unsqueeze(2)
-        attn_mask = attn_mask == 0 if shape.text_masks else attn_mask
+    if isinstance(attn_mask, Tensor):
+        attn_mask = _mask_of_keys(attn_mask, key, shape)
     if scale is not None and scale != query.shape[-1] ** -0.5:  # Lumina's grows with the image
         query = query * (scale * query.shape[-1] ** 0.5)
     refusal = _refusal_of(attn_mask, is_causal, key)
@@ -229,6 +270,14 @@ def _call_of(
     if shape.text_masks and key_mask is not None and whole_mask is not None:
         with_text = functools.partial(_with_text, query, key, value, whole_mask, shape.text_first)
     return AttentionCall(query, key, value, key_mask, dense, refusal, with_text)
+
+
+def _mask_of_keys(mask: Tensor, key: Tensor, shape: CallShape) -> Tensor:
+    """What a visual token's row of a mask says, where masks are of pairs; others as they are."""
+    if not shape.pair_masks or mask.shape[-2] != key.shape[1]:
+        return mask
+    row = mask[:, :1, -1 if shape.text_first else 0].unsqueeze(2)
+    return row == 0 if shape.text_masks else row
 
 
 def _with_text(

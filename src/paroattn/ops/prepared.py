@@ -146,11 +146,18 @@ class PreparedAttention:
         if self.tensor_layout == "NHD":
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         attend = planned_attention if torch.compiler.is_compiling() else _attend
-        output = attend(query, key, value, bucket, key_mask, *self._layer)
+        output = attend(query, key, value, bucket, key_mask, *self._layer_at(bucket))
         if self.repair:
             first, count = self._approximated(query.shape[2])
             output = repaired(output, query, key, value, first=first, count=count, key_mask=key_mask, scale=self.scale)
         return output.transpose(1, 2) if self.tensor_layout == "NHD" else output
+
+    def _layer_at(self, bucket: Tensor) -> tuple[Any, ...]:
+        """The layer's part of a call, with the orders of a step bucket where they differ by it."""
+        orders, index, *others = self._layer
+        if index is None or index.ndim == 1:
+            return self._layer
+        return orders, index.index_select(0, bucket.reshape(1)).view(-1), *others
 
     def _approximated(self, tokens: int) -> tuple[int, int]:
         """First and number of the rows of a call that may lack blocks: all but those of text, which have all."""
@@ -316,7 +323,8 @@ def _check_parts(plan: LayerPlan) -> None:
     """Raise `InputError` naming a part of the layer plan that does not fit the others."""
     if plan.orders is not None:
         if plan.order_index is not None:
-            _check_index("order_index", plan.order_index, (plan.heads,), len(plan.orders))
+            by_bucket = tuple(plan.order_index.shape[:-1])
+            _check_index("order_index", plan.order_index, (*by_bucket, plan.heads), len(plan.orders))
         heads = plan.heads if plan.order_index is None else len(plan.orders)
         check_permutation(plan.orders, heads, plan.tokens or plan.orders.shape[-1])
     if plan.mask_table is None or plan.tokens is None:
