@@ -22,9 +22,11 @@ from paroattn.calibration import statistics
 from paroattn.calibration.kernels import skip_costs_of_heads
 from paroattn.integrations import rotary as model_rotary
 from paroattn.integrations.rebind import rebind
+from paroattn.ops import exchange as ranks_exchange
 from paroattn.ops import reference
+from paroattn.ops import repair as repair_by_definition
 from paroattn.ops.backend import choose_backend
-from paroattn.ops.gpu import backend, configs, hopper, launch, pack, rotary
+from paroattn.ops.gpu import backend, configs, exchange, hopper, launch, pack, repair, rotary
 from paroattn.ops.gpu.configs import Config, Kind
 from paroattn.ops.gpu.pack import Call
 from paroattn.ops.prepared import kind_of_calls
@@ -529,3 +531,57 @@ def test_lists_can_be_read_on_where_they_end():
     assert lists.indices.numel() > 65 * 66 + 2 * (steps + hopper.STAGES) + 1
     assert torch.equal(lists.indices[: 66 * 66].view(66, 66), torch.arange(66).int().expand(66, 66))
     assert pack.all_blocks(66, call.query.device).numel() > 2 * ((66 + 1) // 2 + hopper.STAGES) + 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "first", "count", "dtype", "masked"),
+    [
+        ((1, 2, 200, 64), 2, 0, 200, torch.float32, False),
+        ((2, 2, 333, 40), 1, 13, 300, torch.float32, True),
+        ((1, 1, 300, 200), 1, 0, 290, torch.float16, True),
+    ],
+)
+def test_repair_mends_rows_as_its_definition_in_float64(shape, kv_heads, first, count, dtype, masked):
+    """Of tensors whose heads lie between others; text, before or after, stays."""
+    batch, heads, tokens, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(number):
+        return torch.randn(batch, tokens, number, head_dim, generator=generator).transpose(1, 2).to(dtype)
+
+    query, key, value = random(heads), random(kv_heads), random(kv_heads)
+    key_mask = torch.rand(batch, tokens, generator=generator) < 0.8 if masked else None
+    output = (0.5 * random(heads) + value.mean(2, keepdim=True).repeat_interleave(heads // kv_heads, 1)).to(dtype)
+    rows = {"first": first, "count": count, "key_mask": key_mask}
+    exact = (x.double() for x in (output.clone(), query, key, value))
+    expected = repair_by_definition.by_definition(*exact, **rows)
+    settings = {"scale": head_dim**-0.5, "ridge": 32.0, "step": repair_by_definition._STEP}
+    found = repair.repaired(output.clone(), query, key, value, **rows, **settings)
+    assert oracles.relative_error(expected, output) > 0.1
+    assert oracles.relative_error(found, expected) < (2e-6 if dtype == torch.float32 else 2**-11)
+    for start, stop in ((0, first), (first + count, tokens)):
+        assert torch.equal(found[:, :, start:stop], output[:, :, start:stop])
+
+
+def test_the_rounds_for_a_map_leave_little_of_the_worst_system():
+    """One whose probes all have the same outputs, and whose other eigenvalues are the ridge."""
+    for channels in (16, 64, 128, 256):
+        units = torch.ones(64, channels, dtype=torch.float64)
+        system = units @ units.T + 32 * torch.eye(64, dtype=torch.float64)
+        inverse = torch.eye(64, dtype=torch.float64) * 2 / (32 + system.abs().sum(1).max())
+        for _ in range(repair.rounds_of(channels, 32.0)):
+            inverse = inverse @ (2 * torch.eye(64, dtype=torch.float64) - system @ inverse)
+        assert float((inverse @ system - torch.eye(64)).norm(2)) < 1e-6
+
+
+@pytest.mark.parametrize(("batch", "count", "heads", "head_dim", "ranks"), [(1, 70, 12, 128, 4), (2, 33, 6, 40, 2)])
+def test_heads_change_places_in_the_copy_that_is_sent(batch, count, heads, head_dim, ranks):
+    x = torch.randn(batch, heads, count, head_dim, generator=torch.Generator().manual_seed(0)).transpose(1, 2).half()
+    order = torch.randperm(heads, generator=torch.Generator().manual_seed(1))
+    packed = exchange.pack(x, order, ranks)
+    assert torch.equal(packed, ranks_exchange._packed(x, order, ranks))
+    place = torch.zeros(batch, count + 3, heads, head_dim, dtype=x.dtype)
+    exchange.unpack(packed, order, ranks, place.narrow(1, 2, count))
+    assert torch.equal(place[:, 2:-1], x)
+    assert not place[:, :2].any()
+    assert not place[:, -1].any()

@@ -223,3 +223,55 @@ def host_table(records: list[dict]) -> list[str]:
         "SDPA (ms)",
     )
     return [*table(heads, rows), "", f"Density {records[0]['density']}. {surroundings(records[0])}."]
+
+
+def linear_steps_table(records: list[dict]) -> list[str]:
+    """Compiled steps with a plan, linear layers in FP8, and both, over the model's own."""
+    densities = sorted({round(record["density"], 3) for record in records} - {1.0}, reverse=True)
+    kinds = [("own attention + float8", 1.0)]
+    kinds += [(method, density) for density in densities for method in ("paroattn", "paroattn + float8")]
+    found = {(record["model"], record["method"], round(record["density"], 3)): record for record in records}
+    rows = []
+    for model in dict.fromkeys(record["model"] for record in records):
+        own = found[model, "own attention", 1.0]
+        times = [found.get((model, *kind)) for kind in kinds]
+        rows.append(
+            (
+                f"{model} ({own['layers']} of {own['model_layers']} layers)",
+                f"{own['median_ms']:.1f} ms",
+                *("" if item is None else f"{item['times_own']:.2f}x" for item in times),
+            )
+        )
+    names = ["FP8 alone", *(f"{name} {density}" for density in densities for name in ("plan", "plan + FP8"))]
+    return [
+        *table(("model", "own attention", *names), rows),
+        "",
+        "One step, blocks compiled, random weights and masks, INT8/FP8 attention; times over the model's own attention "
+        f"(cuDNN) in 16 bits, medians of {records[0]['rounds']} interleaved rounds. {surroundings(records[0])}.",
+    ]
+
+
+def balance_table(records: list[dict]) -> list[str]:
+    """The slowest rank over the mean, heads in order and balanced."""
+    rows = [
+        (
+            f"{record['density']}",
+            str(record["ranks"]),
+            record["method"],
+            f"{record['layer_ms']:.1f} ms",
+            f"{record['slowest']:.3f}",
+            f"{record['estimated']:.3f}",
+            f"{record['pack_ms']:.2f} + {record['unpack_ms']:.2f} ms",
+        )
+        for record in records
+        if record["ranks"] > 1
+    ]
+    first = records[0]
+    head = ("density", "GPUs", "heads", "a layer's slowest rank", "over the mean", "estimated", "packing")
+    return [
+        *table(head, rows),
+        "",
+        f"{first['model']}: {first['heads']} heads of {first['tokens']:,} x 128, random masks, densities of heads from "
+        f"0.05 to 0.6, {first['precision']}; the heads of each rank in turn on one GPU, mean of 4 layers. "
+        f"{surroundings(first)}.",
+    ]

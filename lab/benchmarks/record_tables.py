@@ -225,11 +225,30 @@ def repair_table(records: list[dict]) -> list[str]:
         if record["kind"] == "repair speed"
     ]
     first = next(record for record in records if record["kind"] == "repair")
+    timed = next(record for record in records if record["kind"] == "repair speed")
+    precision = timed.get("precision", "int8").upper()
     return [
         *table(("model", "density", "PSNR (dB)", "with repair", "difference"), rows),
         "",
         f"Exact; mean over {first['pairs']} prompt/seed pairs, difference with the standard error of the paired "
-        f"differences. Time of the operator in INT8 at density 0.3: {'; '.join(times)}. {surroundings(first)}.",
+        f"differences. Time of the operator in {precision} at density 0.3: {'; '.join(times)}. {surroundings(first)}.",
+    ]
+
+
+def linears_table(records: list[dict]) -> list[str]:
+    """PSNR with linear layers in 8 bits, alone and beside a plan."""
+    found = {(record["model"], record["what"]): record for record in records}
+    rows = []
+    for model in dict.fromkeys(record["model"] for record in records):
+        plan, linears, both = (found[model, what] for what in ("plan", "linears", "both"))
+        difference = f"{both['gain']:+.2f} ± {both['standard_error']:.2f}"
+        rows.append((model, *(f"{item['psnr']:.2f}" for item in (linears, plan, both)), difference))
+    first = records[0]
+    return [
+        *table(("model", f"linear layers in {first['format']}", "plan", "both", "both over the plan"), rows),
+        "",
+        f"PSNR in dB over {first['pairs']} prompt/seed pairs against the model as it is; plans of density 0.3, exact; "
+        f"difference with the standard error of the paired differences. {surroundings(first)}.",
     ]
 
 

@@ -6,7 +6,8 @@
 A table stands between `<!-- records: NAME -->` and `<!-- end -->`, and NAME.jsonl holds its records. With
 `<!-- records: NAME density=0.3 -->` it shows those of one density only, beside dense SDPA, and with
 `<!-- records: NAME group=parts -->` one group of an ablation beside the paper's method and paroattn's. Several
-files have plus signs between their names; `table=compensation` shows what compensation costs.
+files have plus signs between their names; `table=compensation` shows what compensation costs, `table=linears` steps
+with linear layers in 8 bits.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import sys
 from pathlib import Path
 
 from gpu_tables import (
+    balance_table,
     calibration_table,
     correctness_table,
     counters_table,
     gpu_attention_table,
     host_table,
+    linear_steps_table,
     model_calibration_table,
     sampling_table,
     trials_table,
@@ -35,6 +38,7 @@ from record_tables import (
     evaluation_table,
     few_steps_table,
     known_models_table,
+    linears_table,
     model_table,
     plan_size_table,
     repair_table,
@@ -55,6 +59,7 @@ KINDS = {
     "plan size": plan_size_table,
     "plan transfer": transfer_table,
     "repair": repair_table,
+    "linears": linears_table,
     "few steps": few_steps_table,
     "known model": known_models_table,
     "gpu calibration": calibration_table,
@@ -64,6 +69,7 @@ KINDS = {
     "gpu counters": counters_table,
     "gpu trial": trials_table,
     "gpu host": host_table,
+    "balance": balance_table,
 }
 
 
@@ -77,7 +83,7 @@ def updated(text: str) -> str:
         if match[3] == "density":
             records = [item for item in records if item["density"] == float(match[4]) or item["method"] == "sdpa"]
         elif match[3] == "table":
-            make = {"compensation": compensation_table}[match[4]]
+            make = {"compensation": compensation_table, "linears": linear_steps_table}[match[4]]
         elif match[3] == "group" and match[4] == "all":
             make = closeness_table
         elif match[3] == "group":

@@ -5,6 +5,7 @@ import pytest
 import torch
 from attention_inputs import call_of, inputs, masks, permutations
 
+from paroattn.ops import repair
 from paroattn.ops.gpu import backend, device, hopper, launch
 
 pytestmark = [
@@ -36,3 +37,23 @@ def test_the_kernel_for_hopper_agrees_with_tritons(monkeypatch):
     expected, expected_lse = backend.attend(call)
     assert (output - expected).float().norm() < 2**-7 * expected.float().norm()
     assert (lse - expected_lse).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+def test_repair_agrees_with_its_definition_and_can_be_captured(head_dim, dtype):
+    tensors = [torch.randn(1, 1000, 3, head_dim, device="cuda").transpose(1, 2).to(dtype) for _ in range(4)]
+    output, query, key, value = tensors
+    rows = {"first": 10, "count": 950}
+    expected = repair.by_definition(*(x.double().clone() for x in tensors), **rows)
+    found = repair.repaired(output.clone(), query, key, value, **rows)
+    error = torch.linalg.norm(found.double() - expected) / torch.linalg.norm(expected)
+    assert float(error) < (1e-5 if dtype == torch.float32 else 0.01)
+    assert torch.equal(repair.repaired(output.clone(), query, key, value, **rows), found)
+    if dtype == torch.float32 and head_dim > 128:
+        return  # by PyTorch
+    place, graph = output.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repair.repaired(place, query, key, value, **rows)
+    graph.replay()
+    assert torch.equal(place, found)

@@ -30,11 +30,15 @@ KEPT_VIDEOS = 8
 
 
 def evaluation_psnr(
-    model: GenerativeModel, plan: Plan, references: Sequence[Tensor], repair: bool = False
+    model: GenerativeModel,
+    plan: Plan,
+    references: Sequence[Tensor],
+    pairs: Sequence[Pair] | None = None,
+    repair: bool = False,
 ) -> list[float]:
-    """PSNR of each of a model's evaluation pairs with a plan, against the frames that full attention made of them."""
+    """PSNR of pairs (default: a model's own) with a plan, against the frames that full attention made of them."""
     with apply(model.pipe, plan, strict=True, repair=repair):
-        frames = [model.generate(*pair) for pair in model.evaluation_pairs]
+        frames = [model.generate(*pair) for pair in pairs or model.evaluation_pairs]
     return [compare(one, other).psnr for one, other in zip(frames, references, strict=True)]
 
 

@@ -149,7 +149,8 @@ class PreparedAttention:
         output = attend(query, key, value, bucket, key_mask, *self._layer_at(bucket))
         if self.repair:
             first, count = self._approximated(query.shape[2])
-            output = repaired(output, query, key, value, first=first, count=count, key_mask=key_mask, scale=self.scale)
+            repair = repair_in_place if torch.compiler.is_compiling() else _repair
+            repair(output, query, key, value, key_mask, first, count, self.scale)
         return output.transpose(1, 2) if self.tensor_layout == "NHD" else output
 
     def _layer_at(self, bucket: Tensor) -> tuple[Any, ...]:
@@ -240,6 +241,27 @@ def _attend(*given: Any) -> Tensor:
             _repeats.clear()
         _repeats[kind] = module.repeater(inputs)
     return output
+
+
+def _repair(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    first: int,
+    count: int,
+    scale: float | None,
+) -> None:
+    repaired(output, query, key, value, first=first, count=count, key_mask=key_mask, scale=scale)
+
+
+repair_in_place = torch.library.custom_op("paroattn::repair", _repair, mutates_args=("output",))
+
+
+@repair_in_place.register_fake
+def _(*_: object) -> None:
+    pass
 
 
 planned_attention = torch.library.custom_op(

@@ -12,13 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 PROBES = 64
 _RIDGE = 0.5  # per probe, where outputs have variance 1 in every channel
-_GOLDEN = (5**0.5 - 1) / 2
+_STEP = 2654435769  # the golden ratio's fraction, times 2^32
 
 
 def probe_rows(count: int, device: torch.device) -> Tensor:
     """Which of `count` rows are probes, int64 [64]: everywhere alike, and in no step with the rows of a grid."""
-    steps = torch.arange(PROBES, dtype=torch.float64, device=device) * _GOLDEN
-    return ((steps % 1) * count).long()
+    steps = (torch.arange(PROBES, device=device) * _STEP) % 2**32
+    return (steps * count) >> 32
 
 
 def repaired(
@@ -48,6 +48,28 @@ def repaired(
     """
     if count < 2 * PROBES:
         return output
+    rest = {"first": first, "count": count, "key_mask": key_mask}
+    if output.is_cuda:
+        from paroattn.ops.gpu import repair
+
+        if repair.takes(output):
+            factor = output.shape[-1] ** -0.5 if scale is None else scale
+            return repair.repaired(output, query, key, value, scale=factor, ridge=_RIDGE * PROBES, step=_STEP, **rest)
+    return by_definition(output, query, key, value, scale=scale, **rest)
+
+
+def by_definition(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    first: int,
+    count: int,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`repaired` in plain PyTorch."""
     rows, probes = output.narrow(2, first, count), probe_rows(count, output.device)
     exact = scaled_dot_product_attention(
         query.narrow(2, first, count).index_select(2, probes),

@@ -43,13 +43,13 @@ def rows_of(width: int) -> int:
 
 @triton.jit
 def move_heads(
-    tokens_ptr, packed_ptr, heads_ptr, stride_b, stride_n, stride_h, count, batch, held,
+    tokens_ptr, packed_ptr, numbers_ptr, stride_b, stride_n, stride_h, count, batch, held,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, UNPACKS: tl.constexpr,
 ):  # fmt: skip
     """A program moves ROWS tokens of one head between tokens [B, n, H, D] and packed [ranks, n, B, held, D]."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place, b = tl.program_id(1), tl.program_id(2)
-    head = tl.load(heads_ptr + place)
+    head = tl.load(numbers_ptr + place)
     channel = tl.arange(0, WIDTH)
     mask = (token < count)[:, None] & (channel < CHANNELS)[None, :]
     at_rank = (place // held).to(tl.int64) * count + token

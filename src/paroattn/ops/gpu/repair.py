@@ -1,0 +1,254 @@
+"""Repair by probes in three kernels: exact rows, the map of each head, and the map applied in one pass.
+
+`paroattn.ops.repair` is the definition. Nothing waits for the GPU, and no sum depends on which program ends first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from paroattn.ops.gpu import device
+from paroattn.ops.gpu.rows import LOG2_E, TINY
+
+PROBES = 64
+_PROBES = tl.constexpr(PROBES)
+_TILE = tl.constexpr(64)  # keys at a time, and channels
+_PROGRAMS = 264  # two for each multiprocessor of a large GPU, so that few heads keep it busy
+_EXACT = 1e-7  # what is left of the inverse's error
+WARPS: dict[str, Callable[[int], int]] = {
+    "exact_probes": lambda width: 4 if width == 64 else 8,
+    "fit_map": lambda width: 4,
+    "apply_map": lambda width: 8,
+}
+"""Of the kernels, by the width of heads."""
+
+
+def takes(output: Tensor) -> bool:
+    """Whether the kernels do this: heads of 129 channels and more in float32 need more memory than a program has."""
+    return output.dtype != torch.float32 or output.shape[-1] <= 128
+
+
+def repaired(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    first: int,
+    count: int,
+    key_mask: Tensor | None,
+    scale: float,
+    ridge: float,
+    step: int,
+) -> Tensor:
+    """As `paroattn.ops.repair.repaired`, channels contiguous.
+
+    Args:
+        ridge: added to the diagonal of each head's system.
+        step: of the probes, in units of 2^-32 of the rows.
+    """
+    batch, heads, _, channels = query.shape
+    keys, width = key.shape[2], max(64, triton.next_power_of_2(channels))
+    tiles = triton.cdiv(keys, 64)
+    chunks = min(tiles, max(1, triton.cdiv(_PROGRAMS, batch * heads)))
+    chunk = triton.cdiv(tiles, chunks) * 64
+    chunks = triton.cdiv(keys, chunk)
+    floats = {"dtype": torch.float32, "device": output.device}
+    sums = torch.empty(batch * heads, chunks, PROBES, width, **floats)
+    limits = torch.empty(batch * heads, chunks, 2, PROBES, **floats)
+    weights = torch.empty(batch * heads, width, width, dtype=output.dtype, device=output.device)
+    moved = torch.empty(batch * heads, width, **floats)
+    group = heads // key.shape[1]
+    rows = rows_of(width, in_16_bits=output.dtype != torch.float32)
+    with device.on_device_of(output):
+        exact_probes[(chunks, batch * heads)](
+            query, key, value, key_mask, sums, limits, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            0 if key_mask is None else key_mask.stride(0), heads, group, keys, first, count, chunk, scale,
+            STEP=step, CHANNELS=channels, WIDTH=width, num_warps=WARPS["exact_probes"](width),
+            num_stages=1 if output.dtype == torch.float32 else 3,
+        )  # fmt: skip
+        fit_map[(batch * heads,)](
+            output, sums, limits, weights, moved, *output.stride()[:3], heads, first, count, chunks, ridge,
+            STEP=step, CHANNELS=channels, WIDTH=width, ROUNDS=rounds_of(channels, ridge), PRECISION=precision(),
+            num_warps=WARPS["fit_map"](width),
+        )  # fmt: skip
+        apply_map[(triton.cdiv(count, rows), batch * heads)](
+            output, weights, moved, *output.stride()[:3], heads, first, count,
+            ROWS=rows, CHANNELS=channels, WIDTH=width, COLUMNS=columns_of(width), num_warps=WARPS["apply_map"](width),
+        )  # fmt: skip
+    return output
+
+
+def precision() -> str:
+    """Of products in float32: three of matrix units on NVIDIA's GPUs, whose other units would take registers' worth."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def rows_of(width: int, *, in_16_bits: bool) -> int:
+    """Rows that a program of `apply_map` mends."""
+    return 128 if in_16_bits and width <= 128 else 64
+
+
+def columns_of(width: int) -> int:
+    """Channels that a program of `apply_map` has weights of at a time."""
+    return width if width <= 128 else 64
+
+
+def rounds_of(channels: int, ridge: float) -> int:
+    """Rounds of Newton's iteration that leave `_EXACT` of an error: each squares it.
+
+    Eigenvalues lie between the ridge and the ridge and the trace, 64 for each channel; the first guess, 2 / (least and
+    largest), leaves (condition - 1) / (condition + 1).
+    """
+    condition = 1 + PROBES * channels / ridge
+    return math.ceil(math.log2(math.log(_EXACT) / math.log((condition - 1) / (condition + 1))))
+
+
+@triton.jit
+def _probes(count, STEP: tl.constexpr):
+    """Which rows are probes."""
+    steps = (tl.arange(0, _PROBES).to(tl.int64) * STEP) & 0xFFFFFFFF
+    return (steps * count) >> 32
+
+
+@triton.jit
+def exact_probes(
+    q_ptr, k_ptr, v_ptr, mask_ptr, sums_ptr, limits_ptr,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, heads, group, keys, first, count, chunk, scale,
+    STEP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Attention of the probes over a chunk of the keys: unnormalised sums, largest logits and sums of exponentials."""
+    number, place = tl.program_id(0), tl.program_id(1)
+    b, h = (place // heads).to(tl.int64), place % heads
+    channel = tl.arange(0, WIDTH)
+    is_channel = (channel < CHANNELS)[None, :]
+    probe = _probes(count, STEP) + first
+    q = tl.load(
+        q_ptr + b * q_b + h.to(tl.int64) * q_h + probe[:, None] * q_n + channel[None, :], mask=is_channel, other=0.0
+    )
+    kv_head = (h // group).to(tl.int64)
+    k_start, v_start = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
+    largest = tl.full([_PROBES], float("-inf"), tl.float32)
+    total = tl.zeros([_PROBES], tl.float32)
+    sums = tl.zeros([_PROBES, WIDTH], tl.float32)
+    begin = number * chunk
+    for start in range(begin, tl.minimum(begin + chunk, keys), _TILE):
+        token = start + tl.arange(0, _TILE)
+        valid = token < keys
+        row = token.to(tl.int64)[:, None]
+        there = valid[:, None] & is_channel
+        k = tl.load(k_start + row * k_n + channel[None, :], mask=there, other=0.0)
+        v = tl.load(v_start + row * v_n + channel[None, :], mask=there, other=0.0)
+        if mask_ptr is not None:
+            valid = valid & (tl.load(mask_ptr + b * mask_b + token, mask=valid, other=0) != 0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+        s = tl.where(valid[None, :], s, float("-inf"))
+        larger = tl.maximum(largest, tl.max(s, 1))
+        safe = tl.where(larger == float("-inf"), 0.0, larger)  # where every key so far is hidden
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(largest - safe)
+        total = total * shrink + tl.sum(p, 1)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        largest = larger
+    at = place.to(tl.int64) * tl.num_programs(0) + number
+    probe = tl.arange(0, _PROBES)
+    tl.store(sums_ptr + (at * _PROBES + probe[:, None]) * WIDTH + channel[None, :], sums)
+    tl.store(limits_ptr + at * 2 * _PROBES + probe, largest)
+    tl.store(limits_ptr + (at * 2 + 1) * _PROBES + probe, total)
+
+
+@triton.jit
+def _found(start, row, n, c, CHANNELS: tl.constexpr):
+    """Outputs of the probes in 64 channels from c on."""
+    channel = c + tl.arange(0, _TILE)
+    found = tl.load(start + row[:, None] * n + channel[None, :], mask=(channel < CHANNELS)[None, :], other=0.0)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _in_units(found):
+    """Outputs about their means, in units of their deviation; the deviations; the means."""
+    mean = tl.sum(found, 0) / _PROBES
+    centred = found - mean[None, :]
+    deviation = tl.maximum(tl.sqrt(tl.sum(centred * centred, 0) / _PROBES), TINY)
+    return centred / deviation[None, :], deviation, mean
+
+
+@triton.jit
+def fit_map(
+    out_ptr, sums_ptr, limits_ptr, weights_ptr, moved_ptr, o_b, o_h, o_n, heads, first, count, chunks, ridge,
+    STEP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The map of a head, weights [WIDTH, WIDTH] and moved [WIDTH]: all in tiles of 64 x 64."""
+    place = tl.program_id(0)
+    b, h = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
+    probe = tl.arange(0, _PROBES)
+    row = _probes(count, STEP) + first
+    start = out_ptr + b * o_b + h * o_h
+    at = place.to(tl.int64) * chunks
+    largest = tl.full([_PROBES], float("-inf"), tl.float32)
+    for number in range(chunks):
+        largest = tl.maximum(largest, tl.load(limits_ptr + (at + number) * 2 * _PROBES + probe))
+    total = tl.zeros([_PROBES], tl.float32)
+    for number in range(chunks):
+        own = limits_ptr + (at + number) * 2 * _PROBES + probe
+        total += tl.load(own + _PROBES) * tl.exp2(tl.load(own) - largest)
+    one = tl.where(probe[:, None] == probe[None, :], 1.0, 0.0)
+    system = one * ridge
+    for c in range(0, WIDTH, _TILE):
+        units, deviation, found_mean = _in_units(_found(start, row, o_n, c, CHANNELS))
+        system += tl.dot(units, tl.trans(units), input_precision=PRECISION)
+    # Newton's iteration for the inverse: no pivots, no square roots, products only.
+    most = tl.max(tl.sum(tl.abs(system), 1), 0)
+    inverse = one * (2.0 / (ridge + most))
+    for _round in range(ROUNDS):
+        left = 2.0 * one - tl.dot(system, inverse, input_precision=PRECISION)
+        inverse = tl.dot(inverse, left, input_precision=PRECISION)
+    for c in range(0, WIDTH, _TILE):
+        channel = c + tl.arange(0, _TILE)
+        exact = tl.zeros([_PROBES, _TILE], tl.float32)
+        for number in range(chunks):
+            share = tl.exp2(tl.load(limits_ptr + (at + number) * 2 * _PROBES + probe) - largest) / total
+            sums = sums_ptr + ((at + number) * _PROBES + probe[:, None]) * WIDTH + channel[None, :]
+            exact += tl.load(sums) * share[:, None]
+        missed = exact - _found(start, row, o_n, c, CHANNELS)
+        mean = tl.sum(missed, 0) / _PROBES
+        solved = tl.dot(inverse, missed - mean[None, :], input_precision=PRECISION)
+        moved = mean
+        for r in range(0, WIDTH, _TILE):
+            units, deviation, found_mean = _in_units(_found(start, row, o_n, r, CHANNELS))
+            weights = tl.dot(tl.trans(units), solved, input_precision=PRECISION) / deviation[:, None]
+            moved -= tl.sum(weights * found_mean[:, None], 0)
+            to = weights_ptr + (place.to(tl.int64) * WIDTH + r + probe[:, None]) * WIDTH + channel[None, :]
+            tl.store(to, weights.to(weights_ptr.dtype.element_ty))
+        tl.store(moved_ptr + place.to(tl.int64) * WIDTH + channel, moved)
+
+
+@triton.jit
+def apply_map(
+    out_ptr, weights_ptr, moved_ptr, o_b, o_h, o_n, heads, first, count,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows and their image under the map, in place, COLUMNS channels at a time."""
+    place = tl.program_id(1)
+    b, h = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = (row < count)[:, None]
+    channel = tl.arange(0, WIDTH)
+    start = out_ptr + b * o_b + h * o_h + (row + first).to(tl.int64)[:, None] * o_n
+    rows = tl.load(start + channel[None, :], mask=is_row & (channel < CHANNELS)[None, :], other=0.0)
+    base = place.to(tl.int64) * WIDTH
+    for c in tl.static_range(0, WIDTH, COLUMNS):
+        column = c + tl.arange(0, COLUMNS)
+        weights = tl.load(weights_ptr + (base + channel[:, None]) * WIDTH + column[None, :])
+        image = tl.dot(rows, weights, input_precision="ieee") + tl.load(moved_ptr + base + column)[None, :]
+        mask = is_row & (column < CHANNELS)[None, :]
+        own = tl.load(start + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(start + column[None, :], (own + image).to(out_ptr.dtype.element_ty), mask=mask)
