@@ -14,6 +14,7 @@ import paroattn
 from paroattn import runner
 from paroattn.block_mask import block_count, text_blocks
 from paroattn.calibration.checkpoint import weights_fingerprint
+from paroattn.integrations.linear import block_linears
 
 MODEL = tiny_models.COGVIDEOX
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -137,6 +138,49 @@ def test_quantised_weights_go_together_with_a_plan(pipe):
     assert weights_fingerprint([pipe.transformer]) != weights_fingerprint([MODEL.pipe().transformer.apply(_negate)])
     with paroattn.apply(pipe, dense_plan(pipe)):
         assert 0 < relative_error(MODEL.latents(pipe), expected) < 1e-4
+
+
+@pytest.mark.parametrize("first", ["quantised", "applied", "loaded"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_quantised_linear_layers_go_together_with_a_plan(pipe, first, compiled, tmp_path):
+    """Before `apply`, after it, and where diffusers quantises while loading, as far as the order can matter."""
+    quantization = pytest.importorskip("torchao.quantization")
+    plan, plain = sparse_plan(pipe), MODEL.latents(pipe)
+    with paroattn.apply(pipe, plan, strict=True):
+        sparse = MODEL.latents(pipe)
+    chosen = block_linears(pipe.transformer)
+    if first == "loaded":
+        names = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        others = [name for name in names if pipe.transformer.get_submodule(name) not in chosen]
+        pipe.transformer.save_pretrained(tmp_path)
+        config = diffusers.TorchAoConfig(quantization.Int8DynamicActivationInt8WeightConfig(), others)
+        pipe.transformer = type(pipe.transformer).from_pretrained(
+            tmp_path, quantization_config=config, torch_dtype=torch.float32
+        )
+    elif first == "quantised":
+        assert paroattn.quantize_linears(pipe, "int8") == len(chosen) > 0
+    handle = paroattn.apply(pipe, plan, strict=True, compile_blocks=compiled)
+    if first == "applied":
+        paroattn.quantize_linears(pipe, "int8")
+    found = MODEL.latents(pipe)
+    handle.remove()
+    quantised = MODEL.latents(pipe)
+    assert 1e-5 < relative_error(found, sparse) < 0.1
+    assert 1e-5 < relative_error(quantised, plain) < 0.1
+    assert torch.equal(MODEL.latents(pipe), quantised)
+    assert relative_error(found, quantised) > 2 * relative_error(found, sparse)  # blocks are left out still
+
+
+def test_linear_layers_outside_of_blocks_and_of_modulations_stay(pipe):
+    names = {module: name for name, module in pipe.transformer.named_modules()}
+    chosen = {names[module] for module in block_linears(pipe.transformer)}
+    assert "transformer_blocks.0.attn1.to_q" in chosen
+    assert all(name.startswith("transformer_blocks.") for name in chosen)
+    flux = tiny_models.FLUX.pipe().transformer
+    names = {module: name for name, module in flux.named_modules()}
+    assert not any("norm" in names[module] for module in block_linears(flux))
+    with pytest.raises(ValueError, match="format is 'int4'; expected one of float8, int8"):
+        paroattn.quantize_linears(pipe, "int4")
 
 
 def _negate(module):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paroattn.calibration.self_calibrating import apply
     from paroattn.errors import InputError, MissingPartError, PlanError
     from paroattn.grid import TokenGrid
+    from paroattn.integrations.linear import quantize_linears
     from paroattn.integrations.observe import observe
     from paroattn.integrations.parallel import cp_plan
     from paroattn.ops.attention import attention
@@ -42,6 +43,7 @@ __all__ = [
     "identify",
     "observe",
     "prepare",
+    "quantize_linears",
     "select_by_cost",
 ]
 
@@ -67,6 +69,7 @@ _NEED_DIFFUSERS = {
     "cp_plan": "paroattn.integrations.parallel",
     "identify": "paroattn.integrations.pipeline",
     "observe": "paroattn.integrations.observe",
+    "quantize_linears": "paroattn.integrations.linear",
 }
 
 

@@ -45,13 +45,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", choices=[*LAYERS, BUNDLED], help="only this one; may be repeated")
     parser.add_argument("--density", action="append", type=float, help="default: 0.3; may be repeated")
+    parser.add_argument("--linears", help="also with linear layers in this format, float8 or int8; compiled only")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True, help="write the records to this file")
     arguments = parser.parse_args()
     records: list[dict[str, Any]] = []
     for name in arguments.config or [BUNDLED, *LAYERS]:
-        for compiled, rotary in ((False, "kernel"), (False, "the model's"), (True, "the model's")):
+        ways = ((False, "kernel"), (False, "the model's"), (True, "the model's"))
+        for compiled, rotary in ways[2:] if arguments.linears else ways:
             settings = {"rounds": arguments.rounds, "compiled": compiled, "progress": False}
+            settings["linears"] = arguments.linears
             own = mock.patch.object(rebind._Redirected, "_paroattn_rotated", staticmethod(by_the_model))
             with contextlib.nullcontext() if rotary == "kernel" else own:
                 found = bench_model(subject_of(name), arguments.density or (0.3,), "int8/fp8", **settings)

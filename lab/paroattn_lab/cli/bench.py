@@ -135,6 +135,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of random weights; default: bfloat16 on a GPU, float32 on a CPU.",
 )
+@click.option("--linears", type=click.Choice(["float8", "int8"]), help="Also with linear layers in 8 bits, by torchao.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the blocks, with plans and without alike.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Rounds of all contenders.")
 @path_option("--output", "Write the records to this file.")

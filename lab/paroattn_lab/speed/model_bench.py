@@ -16,6 +16,7 @@ from paroattn.integrations.attach import Attachment
 from paroattn.integrations.clock import now
 from paroattn.integrations.compiling import compile_blocks
 from paroattn.integrations.descriptors import attention_modules
+from paroattn.integrations.linear import quantize_linears
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.integrations.rebind import AttentionCall
 from paroattn.ops.backend import choose_backend
@@ -55,6 +56,7 @@ def bench_model(
     plan: Plan | None = None,
     backend: str = "auto",
     block_q: int = 64,
+    linears: str | None = None,
     compiled: bool = False,
     rounds: int = 9,
     seed: int = 0,
@@ -73,6 +75,8 @@ def bench_model(
         plan: a plan of this model; it is timed in the step bucket whose density is nearest to the plan's mean.
         backend: of the operator.
         block_q: queries per block of random plans, 64 or 128.
+        linears: also time the model's own attention and each plan with linear layers in this format, "float8" or "int8"
+            (`paroattn.quantize_linears`).
         compiled: compile the blocks of the transformer with torch.compile, those with plans and those without alike.
         rounds: that count; one more comes before.
         seed: of random plans.
@@ -113,6 +117,11 @@ def bench_model(
         for item in plans:
             contenders.append(_planned(subject, item, own, backend))
             bar.update()
+        if linears:
+            twin = subject.twin()
+            name = _in_8_bits(OWN, twin, linears)
+            contenders.append(_Contender(name, twin, difference=_difference(twin.step(), own)))
+            contenders += [_planned(subject, item, own, backend, linears) for item in plans]
         shares = []
         for contender in contenders:
             shares.append(_share(contender))
@@ -151,13 +160,22 @@ def _check(subject: Subject, own: Tensor, whole: Plan, backend: str) -> None:
         )
 
 
-def _planned(subject: Subject, plan: Plan, own: Tensor, backend: str) -> _Contender:
+def _planned(subject: Subject, plan: Plan, own: Tensor, backend: str, linears: str | None = None) -> _Contender:
     bucket, twin = _typical_bucket(plan), subject.twin()
     if plan.buckets > 1:
         twin = twin.at(level_in(plan, bucket))
         own = twin.step()
+    name = _in_8_bits("paroattn", twin, linears)
     apply(twin.pipe, plan, strict=True, backend=backend)
-    return _Contender("paroattn", twin, plan, bucket, _difference(twin.step(), own))
+    return _Contender(name, twin, plan, bucket, _difference(twin.step(), own))
+
+
+def _in_8_bits(method: str, twin: Subject, linears: str | None) -> str:
+    """Quantise linear layers, if that is asked for; the method's name with it."""
+    if linears is None:
+        return method
+    quantize_linears(twin.pipe, linears)
+    return f"{method} + {linears}"
 
 
 def level_in(plan: Plan, bucket: int) -> float:
@@ -218,7 +236,7 @@ def _difference(output: Tensor, own: Tensor) -> float:
 
 def _share(contender: _Contender) -> dict[str, float]:
     twin = contender.twin
-    if contender.method == OWN:
+    if contender.method.startswith(OWN):
         twin = twin.twin()
         _attach(twin, _own)
     processors = [module.processor for module in attention_modules(twin.transformer)]

@@ -25,9 +25,7 @@ def compile_blocks(transformers: Sequence[nn.Module]) -> Callable[[], None]:
             raise InputError(
                 "compile_blocks is for transformers that are not compiled; this one is, as a whole: leave it out"
             )
-        names = {module: name for name, module in transformer.named_modules()}
-        found = dict.fromkeys(names[module].rpartition(".")[0] for module in attention_modules(transformer))
-        blocks += [block for name in found if not _is_compiled(block := transformer.get_submodule(name))]
+        blocks += [block for block in attention_blocks(transformer) if not _is_compiled(block)]
     compiled = []
     for block in blocks:
         block.compile()
@@ -39,6 +37,13 @@ def compile_blocks(transformers: Sequence[nn.Module]) -> Callable[[], None]:
                 block._compiled_call_impl = None
 
     return undo
+
+
+def attention_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The modules that hold self-attention, each once."""
+    names = {module: name for name, module in transformer.named_modules()}
+    found = dict.fromkeys(names[module].rpartition(".")[0] for module in attention_modules(transformer))
+    return [transformer.get_submodule(name) for name in found]
 
 
 def _is_compiled(module: nn.Module) -> bool:
