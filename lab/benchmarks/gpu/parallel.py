@@ -23,62 +23,19 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from paroattn_lab.records import environment, write_records
 from paroattn_lab.speed.presets import PRESETS
+from paroattn_lab.speed.random_plan import unequal_plan
 from paroattn_lab.speed.rounds import interleaved
 from paroattn_lab.speed.subjects import Subject, random_subject
 from torch import Tensor
 
 import paroattn
-from paroattn import Plan, TokenGrid
 from paroattn.balance import heads_in_order
-from paroattn.block_mask import pack_bits, text_blocks, usual_block_q
 from paroattn.integrations import apply as applying
 from paroattn.integrations.clock import now
 from paroattn.integrations.compiling import compile_blocks
 from paroattn.integrations.pipeline import Pipeline
-from paroattn.keep import keep_best
 from paroattn.ops.exchange import Exchange
-from paroattn.order import fitting_order
-from paroattn.plan import ModelIdentity
-from paroattn.quantize import Precision
 from paroattn.runner import LayerRunner
-
-LEAST, MOST, KINDS = 0.05, 0.6, 24
-
-
-def unequal_plan(model: ModelIdentity, grid: TokenGrid, density: float, precision: str, seed: int = 0) -> Plan:
-    """Random masks of densities between `LEAST` and `MOST`, logarithmically even, their mean as asked for."""
-    generator = torch.Generator().manual_seed(seed)
-    block_q = usual_block_q(grid.tokens)
-    required = text_blocks(grid, block_q)
-    low, high = -10.0, 10.0  # of the exponent that gives the mean
-    for _ in range(60):
-        middle = (low + high) / 2
-        shares = LEAST * (MOST / LEAST) ** (torch.linspace(0, 1, KINDS) ** (2.0**middle))
-        low, high = (middle, high) if float(shares.mean()) > density else (low, middle)
-    masks = [keep_best(torch.rand(required.shape, generator=generator), float(share), required) for share in shares]
-    names = ("HWF", fitting_order("4x4x4", grid))
-    heads = (model.layers, model.heads)
-    return Plan(
-        model=model,
-        grid=grid,
-        order_names=names,
-        order_index=torch.randint(len(names), heads, generator=generator, dtype=torch.uint8),
-        precisions=(Precision.parse(precision),),
-        precision_index=torch.zeros(heads, dtype=torch.uint8),
-        schedule=(1.0,),
-        bucket_edges=(0.0,),
-        mask_table=torch.stack([pack_bits(mask) for mask in masks]),
-        mask_index=torch.stack([_of_a_layer(model.heads, generator) for _ in range(model.layers)]).unsqueeze(0),
-        compensate=torch.ones(1, *heads, dtype=torch.bool),
-        usage=torch.ones(1, model.layers),
-        block_q=block_q,
-    )
-
-
-def _of_a_layer(heads: int, generator: torch.Generator) -> Tensor:
-    """Densities of a layer's heads, spread over the range and in any order."""
-    spread = (torch.arange(heads) * KINDS + torch.randint(KINDS, (1,), generator=generator)) // heads % KINDS
-    return spread[torch.randperm(heads, generator=generator)].int()
 
 
 def share(subject: Subject) -> Subject:
