@@ -6,6 +6,8 @@ to the call: no calibration can know it. The idea is SparsePR's (arXiv 2608.1848
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,7 +50,7 @@ def repaired(
     """
     if count < 2 * PROBES:
         return output
-    rest = {"first": first, "count": count, "key_mask": key_mask}
+    rest: dict[str, Any] = {"first": first, "count": count, "key_mask": key_mask}
     if output.is_cuda:
         from paroattn.ops.gpu import repair
 

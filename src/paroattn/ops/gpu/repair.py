@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -59,7 +60,7 @@ def repaired(
     chunks = min(tiles, max(1, triton.cdiv(_PROGRAMS, batch * heads)))
     chunk = triton.cdiv(tiles, chunks) * 64
     chunks = triton.cdiv(keys, chunk)
-    floats = {"dtype": torch.float32, "device": output.device}
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": output.device}
     sums = torch.empty(batch * heads, chunks, PROBES, width, **floats)
     limits = torch.empty(batch * heads, chunks, 2, PROBES, **floats)
     weights = torch.empty(batch * heads, width, width, dtype=output.dtype, device=output.device)
