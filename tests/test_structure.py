@@ -14,7 +14,7 @@ from paroattn.errors import MissingPartError, require
 SOURCE = Path(paroattn.__file__).parent
 COLUMN = """
 errors files grid block_mask keep order quantize transfer mask_coding plan_file plan_header plan_summary plan_card hub
-plan plan_facts balance plan_cache ops runner serving integrations calibration cli
+plan plan_facts balance plan_cache ops runner serving integrations calibration cli __main__
 """.split()  # noqa: SIM905
 
 

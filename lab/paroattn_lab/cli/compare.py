@@ -127,11 +127,11 @@ def evaluate(
     Without --method: paroattn's plans and the paper's, and paroattn's with INT8 at density 0.3. Every pair that is done
     is kept in the output folder: after an interruption the same command continues.
     """
+    from paroattn.cli.prompt_files import read_prompts
     from paroattn.quantize import Precision
     from paroattn_lab.quality import ablation
     from paroattn_lab.quality.learned_metrics import find_learned_metrics
     from paroattn_lab.quality.pair_store import PairStore
-    from paroattn_lab.quality.prompt_files import read_prompts
 
     if plans and methods:
         raise click.UsageError("both --plan and --method; expected one of them")

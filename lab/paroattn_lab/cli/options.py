@@ -70,7 +70,7 @@ def evaluation_pairs_of(
     model: GenerativeModel, prompts: tuple[str, ...], prompt_file: Path | None, pair_count: int | None
 ) -> list[tuple[str, int]]:
     """Prompts and seeds to evaluate on: those given, or the model's own."""
-    from paroattn_lab.quality.prompt_files import read_prompts
+    from paroattn.cli.prompt_files import read_prompts
 
     if prompts and prompt_file is not None:
         raise click.UsageError("both --prompt and --prompt-file; expected one of them")

@@ -1,4 +1,4 @@
-"""`paroattn generate`: a video or an image, with a plan or with full attention."""
+"""`paroattn generate`: videos or images, with a plan or with full attention."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from paroattn.plan import Plan
         "paroattn generate --prompt 'a slow red two over the cat' --plan digits.safetensors --output two.mp4",
         "paroattn generate --prompt 'a slow red two over the cat' --precision int8 --output two.webp",
         "paroattn generate --model painted-digits --prompt 'a big red two over the cat left' --output two.png",
+        "torchrun --nproc-per-node 8 -m paroattn generate --prompts prompts.txt --output-dir videos",
     ),
 )
-@click.option("--prompt", required=True, help="What to generate.")
+@click.option("--prompt", help="What to generate.")
+@path_option("--prompts", "File of prompts, one per line: one output for each, with seeds that count from --seed.")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="With --prompts: folder of the outputs. A run continues what is there; torchrun's processes share it.",
+)
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan file; default: full attention.")
 @click.option("--precision", help="Without a plan: compute all blocks in this precision.")
 @click.option("--repair", is_flag=True, help="With a plan: closer to full attention, by 64 exact rows of each call.")
@@ -31,7 +38,9 @@ from paroattn.plan import Plan
 @model_options
 @backend_option
 def generate(
-    prompt: str,
+    prompt: str | None,
+    prompts: Path | None,
+    output_dir: Path | None,
     plan_path: Path | None,
     precision: str | None,
     repair: bool,
@@ -40,26 +49,53 @@ def generate(
     backend: str,
     **model_arguments: Any,
 ) -> None:
-    """Generate a video or an image, with a plan or with full attention."""
+    """Generate a video or an image, or one for each line of a file, with a plan or with full attention."""
     from paroattn.cli.frames import check_path, save_frames
+    from paroattn.cli.many import Output, check_settings, make_all, outputs_of, own_device, rank_and_count
+    from paroattn.cli.prompt_files import read_prompts
     from paroattn.integrations.apply import apply
 
+    if (prompt is None) == (prompts is None):
+        raise click.UsageError("expected either --prompt or --prompts")
+    if (prompts is None) != (output_dir is None) or (prompts and output):
+        raise click.UsageError("--prompts goes with --output-dir, and --prompt with --output")
     if output is not None:
         check_path(output)
         check_output(output, plan_path)
     if repair and not plan_path:
         raise click.UsageError("--repair is for the blocks that a plan leaves out; expected --plan")
+    texts = None if prompts is None else [item.text for item in read_prompts(prompts)]
     plan = Plan.load(plan_path) if plan_path else None
+    sizes = {name: value for name, value in model_arguments.items() if name != "device"}
+    model_arguments["device"] = model_arguments["device"] or own_device()
     model = load(**model_arguments)
-    output = output or Path("image.png" if model.makes_images else "video.mp4")
-    check_path(output, images=model.makes_images)
-    check_output(output)
-    model.pipe.set_progress_bar_config(disable=False, desc="generation", leave=False)
     applied = (
         apply(model.pipe, plan, precision=precision, strict=True, backend=backend, repair=repair)
         if plan or precision
         else nullcontext()
     )
+    if texts is not None and output_dir is not None:
+        settings = {"plan": plan and plan.digest, "precision": precision, "repair": repair, "seed": seed, **sizes}
+        check_settings(output_dir, settings)
+        outputs = outputs_of(texts, output_dir, ".png" if model.makes_images else ".mp4", seed)
+        for item in outputs[:1]:
+            check_path(item.path, images=model.makes_images)
+
+        def make(item: Output) -> None:
+            save_frames(model.generate(item.prompt, item.seed), item.path, model.settings.fps)
+
+        with applied as handle:
+            failed = make_all(outputs, make)
+        if handle is not None and rank_and_count()[0] == 0:
+            click.echo(handle.report())
+        if failed:
+            raise click.ClickException(f"{failed} of {len(outputs)} prompts failed")
+        return
+    assert prompt is not None
+    output = output or Path("image.png" if model.makes_images else "video.mp4")
+    check_path(output, images=model.makes_images)
+    check_output(output)
+    model.pipe.set_progress_bar_config(disable=False, desc="generation", leave=False)
     with applied as handle:
         frames = model.generate(prompt, seed)
     save_frames(frames, output, model.settings.fps)

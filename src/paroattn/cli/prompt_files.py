@@ -1,4 +1,4 @@
-"""Files of prompts to evaluate on: one prompt per line, or VBench's JSON lists."""
+"""Files of prompts: one prompt per line, or VBench's JSON lists."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from paroattn_lab.quality.prompt_files import FilePrompt, read_prompts
+
+from paroattn.cli.prompt_files import FilePrompt, read_prompts
 
 
 def test_every_line_that_is_not_empty_is_a_prompt(tmp_path):

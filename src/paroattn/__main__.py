@@ -1,0 +1,5 @@
+"""`python -m paroattn`, as torchrun starts it."""
+
+from paroattn.cli import main
+
+main()
