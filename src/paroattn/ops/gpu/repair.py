@@ -75,7 +75,7 @@ def repaired(
             num_stages=1 if output.dtype == torch.float32 else 3,
         )  # fmt: skip
         fit_map[(batch * heads,)](
-            output, sums, limits, weights, moved, *output.stride()[:3], heads, first, count, chunks, ridge,
+            output, sums, limits, weights, moved, *output.stride()[:3], heads, first, count, chunks, width // 64, ridge,
             STEP=step, CHANNELS=channels, WIDTH=width, ROUNDS=rounds_of(channels, ridge), PRECISION=precision(),
             num_warps=WARPS["fit_map"](width),
         )  # fmt: skip
@@ -181,13 +181,17 @@ def _in_units(found):
     return centred / deviation[None, :], deviation, mean
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def fit_map(
-    out_ptr, sums_ptr, limits_ptr, weights_ptr, moved_ptr, o_b, o_h, o_n, heads, first, count, chunks, ridge,
+    out_ptr, sums_ptr, limits_ptr, weights_ptr, moved_ptr, o_b, o_h, o_n, heads, first, count, chunks, tiles, ridge,
     STEP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The map of a head, weights [WIDTH, WIDTH] and moved [WIDTH]: all in tiles of 64 x 64."""
+    """The map of a head, weights [WIDTH, WIDTH] and moved [WIDTH]: all in tiles of 64 x 64.
+
+    tiles: WIDTH / 64, which is no constant: loops of one round are unrolled then, which Triton 3.6 cannot compile for
+    Blackwell.
+    """
     place = tl.program_id(0)
     b, h = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
     probe = tl.arange(0, _PROBES)
@@ -203,7 +207,8 @@ def fit_map(
         total += tl.load(own + _PROBES) * tl.exp2(tl.load(own) - largest)
     one = tl.where(probe[:, None] == probe[None, :], 1.0, 0.0)
     system = one * ridge
-    for c in range(0, WIDTH, _TILE):
+    for tile in range(tiles):
+        c = tile * _TILE
         units, deviation, found_mean = _in_units(_found(start, row, o_n, c, CHANNELS))
         system += tl.dot(units, tl.trans(units), input_precision=PRECISION)
     # Newton's iteration for the inverse: no pivots, no square roots, products only.
@@ -212,7 +217,8 @@ def fit_map(
     for _round in range(ROUNDS):
         left = 2.0 * one - tl.dot(system, inverse, input_precision=PRECISION)
         inverse = tl.dot(inverse, left, input_precision=PRECISION)
-    for c in range(0, WIDTH, _TILE):
+    for tile in range(tiles):
+        c = tile * _TILE
         channel = c + tl.arange(0, _TILE)
         exact = tl.zeros([_PROBES, _TILE], tl.float32)
         for number in range(chunks):
@@ -223,7 +229,8 @@ def fit_map(
         mean = tl.sum(missed, 0) / _PROBES
         solved = tl.dot(inverse, missed - mean[None, :], input_precision=PRECISION)
         moved = mean
-        for r in range(0, WIDTH, _TILE):
+        for other in range(tiles):
+            r = other * _TILE
             units, deviation, found_mean = _in_units(_found(start, row, o_n, r, CHANNELS))
             weights = tl.dot(tl.trans(units), solved, input_precision=PRECISION) / deviation[:, None]
             moved -= tl.sum(weights * found_mean[:, None], 0)
