@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import warnings
 
 import tiny
@@ -103,6 +104,9 @@ def refuse(model, mistake):
             model.latents(pipe)
         elif mistake == "calibrating":
             paroattn.calibrate(pipe, [model.arguments()], progress=False, num_inference_steps=2)
+        elif mistake == "a density":
+            paroattn.apply(pipe, density=0.5, cache=tempfile.mkdtemp(), progress=False)
+            model.latents(pipe)
         elif mistake == "a lost rank":
             with paroattn.apply(pipe, precision="exact"):
                 model.latents(pipe)
@@ -118,7 +122,7 @@ def refuse(model, mistake):
     return {"message": None}
 
 
-MISTAKES = ("ring", "own attention", "calibrating", "other plans", "a lost rank")
+MISTAKES = ("ring", "own attention", "calibrating", "a density", "other plans", "a lost rank")
 
 
 def main():

@@ -80,6 +80,7 @@ def test_compiled_blocks(names):
         ("wan2.2", "ring", "ring_degree is 2; expected 1: each head has an order of its own .* Use ulysses_degree=2"),
         ("cogvideox", "own attention", "its own attention does not exchange them: apply a plan"),
         ("wan2.2", "calibrating", "calibrate and observe before enable_parallelism"),
+        ("eight heads", "a density", "ranks share the transformer, where no plan can be made beside requests"),
         ("wan2.2", "other plans", "ranks 1 have another plan or other settings than rank 0"),
     ],
 )

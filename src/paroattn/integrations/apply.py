@@ -207,12 +207,13 @@ class Handle:
         sharing = sharing_of(transformer)
         if transformer in self._sharings and sharing == self._sharings[transformer]:
             return sharing
-        self._sharings[transformer] = sharing
         if sharing is not None:
-            check_agreement(sharing, repr((self.plan and self.plan.digest, self._precision, self._other_sizes)))
+            settings = (self.plan and self.plan.digest, self._precision, self._other_sizes, self._repair)
+            check_agreement(sharing, repr(settings))
         rank, ranks = (0, 1) if sharing is None else (sharing.rank, sharing.ranks)
         if self._identity.heads % ranks:
             raise InputError(f"{ranks} ranks share {self._identity.heads} heads; expected a number that divides them")
+        self._sharings[transformer] = sharing
         if (rank, ranks) != (self._rank, self._ranks):
             self._rank, self._ranks = rank, ranks
             self._runners.clear()
@@ -249,6 +250,11 @@ class Handle:
         request.share(sharing, forward.grid)
         chosen = self._choose(forward)
         observe = self._observer()
+        if sharing is not None and observe is not None:
+            raise InputError(
+                "ranks share the transformer, where no plan can be made beside requests; make one in a single process, "
+                "then apply it"
+            )
         if isinstance(chosen, Dense):
             request.begin(chosen.reason, observe=observe)
             return
