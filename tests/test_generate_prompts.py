@@ -53,7 +53,7 @@ def test_two_processes_make_each_output_once(prompts, tmp_path):
     assert made(tmp_path / "out") == NAMES
     lines = [line for line in result.stdout.splitlines() if ": wrote " in line]
     assert len(lines) == len(NAMES)
-    assert {line.split(":")[0] for line in lines} == {"rank 0", "rank 1"}
+    assert {line.split(":")[0] for line in lines} <= {"rank 0", "rank 1"}  # a late one may find nothing left
     assert not list((tmp_path / "out").glob(".0*"))  # locks
 
 
