@@ -316,7 +316,12 @@ def jobs(targets: Sequence[str], everything: bool) -> list[tuple[str, Any, dict[
         for kind in configs.kinds(target):
             if everything or (kind.qk, kind.pv) in _COMMON:
                 found += [(target, kind, variant) for variant in (_VARIANTS if everything else _VARIANTS[:1])]
-        found += [(target, (name, head_dim), {}) for head_dim in HEAD_WIDTHS for name in other_kernels(head_dim)]
+        found += [
+            (target, (name, head_dim), {})
+            for head_dim in HEAD_WIDTHS
+            for name in other_kernels(head_dim)
+            if not (target.startswith("gfx") and head_dim > 128 and name in repair.WARPS)  # `repair.takes`
+        ]
         if target == "sm90" and hopper.unavailable() is None:
             found += [(target, (_HOPPER, kind), {}) for kind in configs.kinds(target) if _in_cuda(kind)]
     return found
@@ -354,6 +359,8 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         options = {"num_warps": configs.block_warps(head_dim) * (2 if kernel == "channel_statistics" else 1)}
         if kernel in repair.WARPS:
             options = {"num_warps": repair.WARPS[kernel](head_dim)}
+        if kernel == "exact_probes":
+            options["num_stages"] = repair.stages_of(head_dim, in_16_bits=True, on_amd=target.startswith("gfx"))
         if kernel.partition(",")[0] in _SKIP_COSTS:
             options = configs.skip_cost_options(target, head_dim, of_lists=kernel == "kept_errors")
         report = describe(compile_kernel(function, target, types, constants, **options))

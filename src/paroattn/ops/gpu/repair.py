@@ -31,8 +31,8 @@ WARPS: dict[str, Callable[[int], int]] = {
 
 
 def takes(output: Tensor) -> bool:
-    """Whether the kernels do this: heads of 129 channels and more in float32 need more memory than a program has."""
-    return output.dtype != torch.float32 or output.shape[-1] <= 128
+    """Whether the kernels do this: heads of 129 channels and more may need more memory than a program has."""
+    return output.shape[-1] <= 128 or (output.dtype != torch.float32 and not torch.version.hip)
 
 
 def repaired(
@@ -72,7 +72,9 @@ def repaired(
             query, key, value, key_mask, sums, limits, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             0 if key_mask is None else key_mask.stride(0), heads, group, keys, first, count, chunk, scale,
             STEP=step, CHANNELS=channels, WIDTH=width, num_warps=WARPS["exact_probes"](width),
-            num_stages=1 if output.dtype == torch.float32 else 3,
+            num_stages=stages_of(
+                width, in_16_bits=output.dtype != torch.float32, on_amd=torch.version.hip is not None
+            ),
         )  # fmt: skip
         fit_map[(batch * heads,)](
             output, sums, limits, weights, moved, *output.stride()[:3], heads, first, count, chunks, width // 64, ridge,
@@ -89,6 +91,11 @@ def repaired(
 def precision() -> str:
     """Of products in float32: three of matrix units on NVIDIA's GPUs, whose other units would take registers' worth."""
     return "ieee" if torch.version.hip else "tf32x3"
+
+
+def stages_of(width: int, *, in_16_bits: bool, on_amd: bool) -> int:
+    """Tiles of keys that `exact_probes` loads ahead, as far as shared memory goes on every GPU."""
+    return 3 if in_16_bits and width <= 128 and not on_amd else 1
 
 
 def rows_of(width: int, *, in_16_bits: bool) -> int:
@@ -121,7 +128,8 @@ def _probes(count, STEP: tl.constexpr):
 @triton.jit
 def exact_probes(
     q_ptr, k_ptr, v_ptr, mask_ptr, sums_ptr, limits_ptr,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, heads, group, keys, first, count, chunk, scale,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mask,
+    heads, group, keys, first, count, chunk, scale,
     STEP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Attention of the probes over a chunk of the keys: unnormalised sums, largest logits and sums of exponentials."""
@@ -130,11 +138,10 @@ def exact_probes(
     channel = tl.arange(0, WIDTH)
     is_channel = (channel < CHANNELS)[None, :]
     probe = _probes(count, STEP) + first
-    q = tl.load(
-        q_ptr + b * q_b + h.to(tl.int64) * q_h + probe[:, None] * q_n + channel[None, :], mask=is_channel, other=0.0
-    )
+    q_start = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh
+    q = tl.load(q_start + probe[:, None] * stride_qn + channel[None, :], mask=is_channel, other=0.0)
     kv_head = (h // group).to(tl.int64)
-    k_start, v_start = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
+    k_start, v_start = k_ptr + b * stride_kb + kv_head * stride_kh, v_ptr + b * stride_vb + kv_head * stride_vh
     largest = tl.full([_PROBES], float("-inf"), tl.float32)
     total = tl.zeros([_PROBES], tl.float32)
     sums = tl.zeros([_PROBES, WIDTH], tl.float32)
@@ -144,10 +151,10 @@ def exact_probes(
         valid = token < keys
         row = token.to(tl.int64)[:, None]
         there = valid[:, None] & is_channel
-        k = tl.load(k_start + row * k_n + channel[None, :], mask=there, other=0.0)
-        v = tl.load(v_start + row * v_n + channel[None, :], mask=there, other=0.0)
+        k = tl.load(k_start + row * stride_kn + channel[None, :], mask=there, other=0.0)
+        v = tl.load(v_start + row * stride_vn + channel[None, :], mask=there, other=0.0)
         if mask_ptr is not None:
-            valid = valid & (tl.load(mask_ptr + b * mask_b + token, mask=valid, other=0) != 0)
+            valid = valid & (tl.load(mask_ptr + b * stride_mask + token, mask=valid, other=0) != 0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
         s = tl.where(valid[None, :], s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1))
@@ -183,7 +190,8 @@ def _in_units(found):
 
 @triton.jit(do_not_specialize=["tiles"])
 def fit_map(
-    out_ptr, sums_ptr, limits_ptr, weights_ptr, moved_ptr, o_b, o_h, o_n, heads, first, count, chunks, tiles, ridge,
+    out_ptr, sums_ptr, limits_ptr, weights_ptr, moved_ptr, stride_ob, stride_oh, stride_on,
+    heads, first, count, chunks, tiles, ridge,
     STEP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +204,7 @@ def fit_map(
     b, h = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
     probe = tl.arange(0, _PROBES)
     row = _probes(count, STEP) + first
-    start = out_ptr + b * o_b + h * o_h
+    start = out_ptr + b * stride_ob + h * stride_oh
     at = place.to(tl.int64) * chunks
     largest = tl.full([_PROBES], float("-inf"), tl.float32)
     for number in range(chunks):
@@ -209,7 +217,7 @@ def fit_map(
     system = one * ridge
     for tile in range(tiles):
         c = tile * _TILE
-        units, deviation, found_mean = _in_units(_found(start, row, o_n, c, CHANNELS))
+        units, deviation, found_mean = _in_units(_found(start, row, stride_on, c, CHANNELS))
         system += tl.dot(units, tl.trans(units), input_precision=PRECISION)
     # Newton's iteration for the inverse: no pivots, no square roots, products only.
     most = tl.max(tl.sum(tl.abs(system), 1), 0)
@@ -225,13 +233,13 @@ def fit_map(
             share = tl.exp2(tl.load(limits_ptr + (at + number) * 2 * _PROBES + probe) - largest) / total
             sums = sums_ptr + ((at + number) * _PROBES + probe[:, None]) * WIDTH + channel[None, :]
             exact += tl.load(sums) * share[:, None]
-        missed = exact - _found(start, row, o_n, c, CHANNELS)
+        missed = exact - _found(start, row, stride_on, c, CHANNELS)
         mean = tl.sum(missed, 0) / _PROBES
         solved = tl.dot(inverse, missed - mean[None, :], input_precision=PRECISION)
         moved = mean
         for other in range(tiles):
             r = other * _TILE
-            units, deviation, found_mean = _in_units(_found(start, row, o_n, r, CHANNELS))
+            units, deviation, found_mean = _in_units(_found(start, row, stride_on, r, CHANNELS))
             weights = tl.dot(tl.trans(units), solved, input_precision=PRECISION) / deviation[:, None]
             moved -= tl.sum(weights * found_mean[:, None], 0)
             to = weights_ptr + (place.to(tl.int64) * WIDTH + r + probe[:, None]) * WIDTH + channel[None, :]
@@ -241,7 +249,7 @@ def fit_map(
 
 @triton.jit
 def apply_map(
-    out_ptr, weights_ptr, moved_ptr, o_b, o_h, o_n, heads, first, count,
+    out_ptr, weights_ptr, moved_ptr, stride_ob, stride_oh, stride_on, heads, first, count,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Rows and their image under the map, in place, COLUMNS channels at a time."""
@@ -250,7 +258,7 @@ def apply_map(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = (row < count)[:, None]
     channel = tl.arange(0, WIDTH)
-    start = out_ptr + b * o_b + h * o_h + (row + first).to(tl.int64)[:, None] * o_n
+    start = out_ptr + b * stride_ob + h * stride_oh + (row + first).to(tl.int64)[:, None] * stride_on
     rows = tl.load(start + channel[None, :], mask=is_row & (channel < CHANNELS)[None, :], other=0.0)
     base = place.to(tl.int64) * WIDTH
     for c in tl.static_range(0, WIDTH, COLUMNS):
