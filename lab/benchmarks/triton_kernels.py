@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 
 from paroattn.block_mask import BLOCK
 from paroattn.calibration.gpu import kernels as calibration
+from paroattn.ops import repair as repair_by_definition
 from paroattn.ops.gpu import configs, exchange, forward, hopper, prologue, repair, rotary
 from paroattn.ops.gpu.configs import Config, Kind
 from paroattn.ops.gpu.device import SHARED_MEMORY, TARGETS
@@ -270,7 +271,8 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     size = {"HEAD_DIM": head_dim, "D": head_dim}
     int8 = {"QK": "int8", "PV": "int8", "SWAPPED": True}
     channels = {"CHANNELS": head_dim, "WIDTH": head_dim}
-    probes, rounds = {"STEP": 2654435769} | channels, repair.rounds_of(head_dim, 32.0)
+    probes = {"STEP": repair_by_definition._STEP} | channels
+    rounds = repair.rounds_of(head_dim, repair_by_definition._RIDGE * repair_by_definition.PROBES)
     in_place = {"ROWS": repair.rows_of(head_dim, in_16_bits=True), "COLUMNS": repair.columns_of(head_dim)}
     pairs = {"ROWS": rotary.rows_of(head_dim), "CHANNELS": head_dim, "WIDTH": head_dim}
     plain, in_records = {"RECORD": 0, "COLUMNS": 0}, {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paroattn.block_mask import block_count
 from paroattn.errors import InputError
-from paroattn.plan import Plan, bucket_lengths
+from paroattn.plan import Plan, call_shares
 
 _FIXED = 16.0
 """What a row of blocks takes beside its kept blocks, in blocks of 8 bits: 14 to 26 by the times at densities 0.3 and
@@ -53,9 +53,9 @@ def balanced_heads(plan: Plan, ranks: int) -> Tensor:
     Example:
         >>> balanced_heads(plan, 4)[0, 0].view(4, -1)  # doctest: +SKIP
     """
-    check_ranks(plan, ranks)
+    check_ranks(plan.model.heads, ranks)
     costs = head_costs(plan)
-    shares = bucket_lengths(plan.bucket_edges).unsqueeze(1) * plan.usage
+    shares = call_shares(plan.bucket_edges, plan.usage)
     found = torch.empty(costs.shape, dtype=torch.int64)
     for layer in range(plan.model.layers):
         kinds = plan.precision_index[layer].tolist()
@@ -71,7 +71,7 @@ def balanced_heads(plan: Plan, ranks: int) -> Tensor:
 
 def load_of(plan: Plan, heads: Tensor, ranks: int) -> Load:
     """How even ranks are that take `heads` [step buckets, layers, heads] in their order, as many each."""
-    shares = bucket_lengths(plan.bucket_edges).unsqueeze(1) * plan.usage
+    shares = call_shares(plan.bucket_edges, plan.usage)
     by_rank = head_costs(plan).gather(-1, heads).unflatten(-1, (ranks, -1)).sum(-1) * shares.unsqueeze(-1)
     total = float(by_rank.sum())
     slowest = float(by_rank.amax(-1).sum()) * ranks / total
@@ -83,10 +83,10 @@ def heads_in_order(plan: Plan) -> Tensor:
     return torch.arange(plan.model.heads).expand(plan.mask_index.shape)
 
 
-def check_ranks(plan: Plan, ranks: int) -> None:
+def check_ranks(heads: int, ranks: int) -> None:
     """Raise `InputError` unless ranks can have as many heads each."""
-    if ranks < 1 or plan.model.heads % ranks:
-        raise InputError(f"ranks is {ranks}; expected a number that divides the {plan.model.heads} heads of the plan")
+    if ranks < 1 or heads % ranks:
+        raise InputError(f"ranks is {ranks}; expected a number that divides the {heads} heads of the model")
 
 
 def _spread(costs: list[float], ranks: int, kinds: list[int], room: list[list[int]] | None) -> list[list[int]]:

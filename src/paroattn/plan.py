@@ -169,12 +169,12 @@ class Plan:
 
     def density(self, *, visual_only: bool = False) -> float:
         """Mean of `densities` over heads and over the calls of layers in a schedule."""
-        calls = bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage
+        calls = call_shares(self.bucket_edges, self.usage)
         return float((self.densities(visual_only=visual_only).mean(2) * calls).sum() / calls.sum())
 
     def head_densities(self) -> Tensor:
         """Density of each layer and head over the steps in which the layer is called, float64 [layers, heads]."""
-        calls = (bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage).unsqueeze(-1)
+        calls = call_shares(self.bucket_edges, self.usage).unsqueeze(-1)
         return (self.densities() * calls).sum(0) / calls.sum(0).clamp(min=1e-30)
 
     @property
@@ -407,6 +407,11 @@ def first_steps(edges: tuple[float, ...], num_steps: int) -> list[int]:
 def bucket_lengths(edges: tuple[float, ...]) -> Tensor:
     """Share of the schedule in each step bucket, float64 [buckets]."""
     return torch.tensor([*edges, 1.0], dtype=torch.float64).diff()
+
+
+def call_shares(edges: tuple[float, ...], usage: Tensor) -> Tensor:
+    """Share of the schedule in which each layer is called in each step bucket, float64 [buckets, layers]."""
+    return bucket_lengths(edges).unsqueeze(1) * usage
 
 
 def _tensor_kinds(model: ModelIdentity, buckets: int, rules: MaskRules) -> TensorKinds:

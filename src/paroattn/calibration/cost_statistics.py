@@ -16,7 +16,7 @@ from paroattn.calibration.cost_codes import decoded, with_added
 from paroattn.errors import InputError
 from paroattn.files import load_tensors, save_tensors
 from paroattn.grid import TokenGrid
-from paroattn.plan import ModelIdentity, bucket_lengths
+from paroattn.plan import ModelIdentity, call_shares
 
 SUFFIX = ".statistics"
 """What the name of a plan's file gets for that of its statistics."""
@@ -80,7 +80,7 @@ class CostStatistics:
     @property
     def shares(self) -> Tensor:
         """Share of all calls of heads in a schedule, float64 like `norms`; it sums to 1."""
-        calls = (bucket_lengths(self.bucket_edges).unsqueeze(1) * self.usage).unsqueeze(-1).expand(self.norms.shape)
+        calls = call_shares(self.bucket_edges, self.usage).unsqueeze(-1).expand(self.norms.shape)
         return calls / calls.sum()
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -78,8 +78,7 @@ def generate(
         settings = {"plan": plan and plan.digest, "precision": precision, "repair": repair, "seed": seed, **sizes}
         check_settings(output_dir, settings)
         outputs = outputs_of(texts, output_dir, ".png" if model.makes_images else ".mp4", seed)
-        for item in outputs[:1]:
-            check_path(item.path, images=model.makes_images)
+        check_path(outputs[0].path, images=model.makes_images)
 
         def make(item: Output) -> None:
             save_frames(model.generate(item.prompt, item.seed), item.path, model.settings.fps)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paroattn.balance import balanced_heads, heads_in_order
+from paroattn.balance import balanced_heads, check_ranks, heads_in_order
 from paroattn.errors import InputError, PlanError
 from paroattn.grid import Boxes, TokenGrid
 from paroattn.integrations.attach import Attachment, Forward
@@ -129,7 +129,7 @@ class Handle:
         if plan is not None or precision is not None:
             self._look_at_ranks(pipeline.transformers[0])
             runner = self.runner(plan, torch.device("cpu") if device.type == "meta" else device)
-            self._make_ready(runner, device, dtype)
+            self._make_ready(plan, device, dtype)
             if plan is not None and device.type == "cuda":
                 runner.build(plan.grid.tokens, plan.model.head_dim, dtype)
         with ExitStack() as undo:
@@ -211,8 +211,7 @@ class Handle:
             settings = (self.plan and self.plan.digest, self._precision, self._other_sizes, self._repair)
             check_agreement(sharing, repr(settings))
         rank, ranks = (0, 1) if sharing is None else (sharing.rank, sharing.ranks)
-        if self._identity.heads % ranks:
-            raise InputError(f"{ranks} ranks share {self._identity.heads} heads; expected a number that divides them")
+        check_ranks(self._identity.heads, ranks)
         self._sharings[transformer] = sharing
         if (rank, ranks) != (self._rank, self._ranks):
             self._rank, self._ranks = rank, ranks
@@ -260,7 +259,7 @@ class Handle:
             return
         runner = self.runner(chosen, tensor.device)
         request.begin(None, chosen, runner, runner.bucket(forward.descriptor.level(forward.timestep)), observe)
-        self._make_ready(runner, tensor.device, tensor.dtype)
+        self._make_ready(chosen, tensor.device, tensor.dtype)
 
     def _after_forward(self, transformer: int) -> None:
         self._requests[transformer].end()
@@ -268,13 +267,15 @@ class Handle:
     def _after_call(self, succeeded: bool) -> None:
         """A call of the pipeline has ended."""
 
-    def _make_ready(self, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
+    def _make_ready(self, plan: Plan | None, device: torch.device, dtype: torch.dtype) -> None:
         """Make operators before a forward call that may be compiled, where they could not be made."""
-        if device.type == "meta" or self._ready_for == (runner, dtype):
+        if device.type == "meta":
+            return
+        runner = self.runner(plan, device)
+        if self._ready_for == (runner, dtype):
             return
         self._ready_for = (runner, dtype)
-        heads = next(self._heads[key] for key, known in self._runners.items() if known is runner)
-        for layer, own, order in zip(self._layers, runner.layers, heads, strict=True):
+        for layer, own, order in zip(self._layers, runner.layers, self._heads[plan, device], strict=True):
             own.make_ready(dtype)
             layer.runner, layer.heads = own, order
 
