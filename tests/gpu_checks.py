@@ -22,7 +22,7 @@ from paroattn.block_mask import BLOCK, block_count
 from paroattn.calibration import gpu as calibration
 from paroattn.calibration import statistics
 from paroattn.calibration.kernels import skip_costs_of_heads
-from paroattn.ops import reference
+from paroattn.ops import reference, repair
 from paroattn.ops.gpu import backend, hopper, rotary
 from paroattn.ops.inputs import AttentionInputs
 
@@ -154,7 +154,7 @@ _MIXED = ("int8", "exact", "int8/fp8")
 
 
 def checks() -> list[Check]:
-    """RoPE, heads of different formats, compiled calls, calibration's kernels."""
+    """RoPE, heads of different formats, compiled calls, repair, calibration's kernels."""
     found = [
         Check(f"rotary {pairs}, {str(dtype)[6:]}", partial(_rotary_error, pairs, dtype), limit)
         for pairs in ("interleaved", "halves")
@@ -164,6 +164,13 @@ def checks() -> list[Check]:
     found.append(Check("torch.compile", _compiled_error, 2**-8))
     found += [Check(f"tables, {name}", partial(_table_error, name), 0.0) for name in ("int8/fp8", "int8", "exact")]
     found += [Check(f"called again, {name}", partial(_prepared_error, name), 0.0) for name in ("int8/fp8", "exact")]
+    for head_dim in (40, 64, 128, 256):
+        for dtype, limit in ROUNDING.items():
+            name = f"repair, D {head_dim}, {str(dtype)[6:]}"
+            found.append(Check(name, partial(_repair_error, head_dim, dtype), limit))
+    found.append(Check("repair in float32", partial(_repair_error, 128, torch.float32), 1e-5))
+    found += [Check(f"repair, {name}", partial(_repaired_error, name), 0.0) for name in ("again", "captured")]
+    found.append(Check("repair, compiled", partial(_repaired_error, "compiled"), 2**-8))
     for head_dim, block_q in ((64, 64), (64, 128), (128, 64), (256, 64)):
         found.append(Check(f"block sums, D {head_dim}", partial(_block_sums_error, head_dim), 1e-4))
         for part in ("costs", "errors"):
@@ -251,6 +258,47 @@ def _prepared_error(precision: str) -> float:
         expected = operator(*changed, bucket=bucket.int(), key_mask=shown)  # which is worked out anew
         error = max(error, float((found - expected).abs().max()))
     return error
+
+
+def _repair_error(head_dim: int, dtype: torch.dtype) -> float:
+    """Against the definition in float64: text before, hidden keys, four heads that share two of keys."""
+    query, key, value = tensors_of(Variant("exact", head_dim, 64, dtype, "smooth", heads=4))
+    key, value = key[:, ::2], value[:, ::2]
+    shown = torch.arange(Variant.tokens, device=DEVICE).expand(Variant.batch, -1) % 7 > 0
+    output = torch.tanh(query.roll(1, 3)).transpose(1, 2).contiguous().transpose(1, 2)
+    rows = {"first": 77, "count": Variant.tokens - 77, "key_mask": shown}
+    expected = repair.by_definition(*(x.double() for x in (output, query, key, value)), **rows)
+    return oracles.relative_error(repair.repaired(output, query, key, value, **rows), expected)
+
+
+def _repaired_error(way: str) -> float:
+    """How far a prepared operator with repair that is called again, captured or compiled is from its first call."""
+    inputs = inputs_of(Variant("int8", 64, 64, torch.bfloat16, "smooth", heads=3, batch=1))
+    masks = inputs.block_mask
+    assert masks is not None
+    layer = LayerPlan(
+        inputs.precisions,
+        mask_table=masks.bits,
+        mask_index=torch.arange(3, dtype=torch.int32).unsqueeze(0),
+        tokens=masks.tokens,
+    )
+    operator = prepare(layer, device=DEVICE, dtype=torch.bfloat16, scale=inputs.scale, repair=True)
+    tensors, bucket = (inputs.query, inputs.key, inputs.value), torch.tensor(0, device=DEVICE)
+
+    def call(*given: Tensor) -> Tensor:
+        return operator(*given, bucket=bucket)
+
+    expected = call(*tensors)
+    if way == "compiled":
+        return oracles.relative_error(torch.compile(call, fullgraph=True)(*tensors), expected)
+    found = call(*tensors)
+    if way == "captured":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call(*tensors)
+        found.zero_()
+        graph.replay()
+    return float((found - expected).abs().max())
 
 
 _TOKENS = 1000  # the reference then looks at all rows at once, as the kernels do

@@ -563,14 +563,51 @@ def test_repair_mends_rows_as_its_definition_in_float64(shape, kv_heads, first, 
         assert torch.equal(found[:, :, start:stop], output[:, :, start:stop])
 
 
+def test_repair_copies_what_lies_apart_and_leaves_rows_without_keys():
+    """Channels and a key mask that lie between others; all keys of the second batch entry are hidden."""
+    query, key, value = (x.repeat_interleave(2, 3)[..., ::2] for x in inputs(200, head_dim=40, batch=2))
+    key_mask = (torch.arange(200) % 5 > 0).repeat(2, 1).repeat_interleave(2, 1)[:, ::2]
+    key_mask[1] = False
+    output = torch.tanh(value.roll(1, 2)).contiguous()
+    output[1] = 0  # as attention to no key gives it
+    rows = {"first": 0, "count": 190, "key_mask": key_mask}
+    found = repair_by_definition.repaired(output.clone(), query, key, value, **rows)
+    expected = repair_by_definition.by_definition(*(x.double() for x in (output, query, key, value)), **rows)
+    assert oracles.relative_error(found, expected) < 2e-6
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 16), (torch.float32, 129)])
+def test_repair_is_pytorchs_where_the_kernels_do_not_take_it(dtype, head_dim, monkeypatch):
+    monkeypatch.setattr(repair, "repaired", None)
+    query, key, value = inputs(130, heads=1, head_dim=head_dim, dtype=dtype)
+    output, rows = torch.tanh(value.roll(1, 2)), {"first": 0, "count": 130}
+    expected = repair_by_definition.by_definition(output.clone(), query, key, value, **rows)
+    assert torch.equal(repair_by_definition.repaired(output, query, key, value, **rows), expected)
+
+
+def test_repair_solves_a_system_that_is_nearly_singular():
+    """Outputs that differ in one direction most: one eigenvalue is nearly the trace, others are near the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 200, 128, generator=generator) for _ in range(3))
+    output = torch.randn(1, 1, 200, 1, generator=generator) + 0.4 * torch.randn(1, 1, 200, 128, generator=generator)
+    rows = {"first": 0, "count": 200, "key_mask": None}
+    expected = repair_by_definition.by_definition(*(x.double() for x in (output, query, key, value)), **rows)
+    settings = {"scale": 128**-0.5, "ridge": 32.0, "step": repair_by_definition._STEP}
+    found = repair.repaired(output.clone(), query, key, value, **rows, **settings)
+    assert oracles.relative_error(found, expected) < 1e-4  # the condition number times the precision of float32 is 3e-5
+
+
 def test_the_rounds_for_a_map_leave_little_of_the_worst_system():
     """One whose probes all have the same outputs, and whose other eigenvalues are the ridge."""
     for channels in (16, 64, 128, 256):
         units = torch.ones(64, channels, dtype=torch.float64)
         system = units @ units.T + 32 * torch.eye(64, dtype=torch.float64)
-        inverse = torch.eye(64, dtype=torch.float64) * 2 / (32 + system.abs().sum(1).max())
+        most = system.abs().sum(1).max()
+        inverse, error = torch.eye(64, dtype=torch.float64) * 2 / (32 + most), (most - 32) / (most + 32)
         for _ in range(repair.rounds_of(channels, 32.0)):
-            inverse = inverse @ (2 * torch.eye(64, dtype=torch.float64) - system @ inverse)
+            inverse = inverse @ (2 * torch.eye(64, dtype=torch.float64) - system @ inverse) * (2 / (2 - error**2))
+            error = error**2 / (2 - error**2)
         assert float((inverse @ system - torch.eye(64)).norm(2)) < 1e-6
 
 

@@ -108,7 +108,9 @@ def speed(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=[VIDEO, IMAGE], help="names of bundled models")
+    parser.add_argument(
+        "--models", nargs="*", default=[VIDEO, IMAGE], help="names of bundled models; none for times only"
+    )
     parser.add_argument("--density", action="append", type=float, help="default: 0.3, 0.2, 0.125; may be repeated")
     parser.add_argument("--precision", default="exact", help="of the plans; default: exact")
     parser.add_argument("--pairs", type=int, help="at most twice those of a model; default: those of a model")
@@ -126,8 +128,8 @@ def main() -> None:
         for name in arguments.models:
             rows = fidelity(name, densities, precision, arguments.pairs, device)
             found += [{"kind": "repair", **row} for row in rows]
-            if arguments.output:
-                write_records([{**record, **environment(device)} for record in found], arguments.output)
+    if arguments.output:
+        write_records([{**record, **environment(device)} for record in found], arguments.output)
 
 
 if __name__ == "__main__":

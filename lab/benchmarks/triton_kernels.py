@@ -273,7 +273,7 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     channels = {"CHANNELS": head_dim, "WIDTH": head_dim}
     probes = {"STEP": repair_by_definition._STEP} | channels
     rounds = repair.rounds_of(head_dim, repair_by_definition._RIDGE * repair_by_definition.PROBES)
-    in_place = {"ROWS": repair.rows_of(head_dim, in_16_bits=True), "COLUMNS": repair.columns_of(head_dim)}
+    in_place = {"COLUMNS": repair.columns_of(head_dim, in_16_bits=True)}
     pairs = {"ROWS": rotary.rows_of(head_dim), "CHANNELS": head_dim, "WIDTH": head_dim}
     plain, in_records = {"RECORD": 0, "COLUMNS": 0}, {}
     if head_dim in hopper.PROGRAMS:
@@ -290,9 +290,9 @@ def other_kernels(head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pack_means": (prologue.pack_means, {"D": head_dim} | int8 | plain),
         "rotate": (rotary.rotate_rows, pairs | {"INTERLEAVED": True}),
         "rotate, halves": (rotary.rotate_rows, pairs | {"INTERLEAVED": False}),
-        "exact_probes": (repair.exact_probes, probes),
-        "fit_map": (repair.fit_map, probes | {"ROUNDS": rounds, "PRECISION": "tf32x3"}),
-        "apply_map": (repair.apply_map, channels | in_place),
+        "exact_probes": (repair.exact_probes, probes | {"PRECISION": "tf32x3"}),
+        "fit_map": (repair.fit_map, probes | {"ROUNDS": rounds, "CHUNKS": 32, "PRECISION": "tf32x3"}),
+        "apply_map": (repair.apply_map, channels | in_place | {"PRECISION": "tf32x3"}),
         "move_heads": (exchange.move_heads, channels | {"ROWS": exchange.rows_of(head_dim), "UNPACKS": False}),
         "kept_lists": (prologue.kept_lists, {"COLUMNS": 512}),
         "schedule": (prologue.schedule, {"ROWS": 512, "TILE": 64, "SLOTS": 8}),
@@ -361,7 +361,7 @@ def _row(target: str, what: Any, variant: dict[str, bool]) -> tuple[str, list[st
         options = {"num_warps": configs.block_warps(head_dim) * (2 if kernel == "channel_statistics" else 1)}
         if kernel in repair.WARPS:
             options = {"num_warps": repair.WARPS[kernel](head_dim)}
-        if kernel == "exact_probes":
+        if kernel in ("exact_probes", "apply_map"):
             options["num_stages"] = repair.stages_of(head_dim, in_16_bits=True, on_amd=target.startswith("gfx"))
         if kernel.partition(",")[0] in _SKIP_COSTS:
             options = configs.skip_cost_options(target, head_dim, of_lists=kernel == "kept_errors")

@@ -39,7 +39,7 @@ def test_the_kernel_for_hopper_agrees_with_tritons(monkeypatch):
     assert (lse - expected_lse).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 def test_repair_agrees_with_its_definition_and_can_be_captured(head_dim, dtype):
     tensors = [torch.randn(1, 1000, 3, head_dim, device="cuda").transpose(1, 2).to(dtype) for _ in range(4)]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from paroattn.ops.gpu import device
+
 PROBES = 64
 _RIDGE = 0.5  # per probe, where outputs have variance 1 in every channel
 _STEP = 2654435769  # the golden ratio's fraction, times 2^32
@@ -51,7 +53,7 @@ def repaired(
     if count < 2 * PROBES:
         return output
     rest: dict[str, Any] = {"first": first, "count": count, "key_mask": key_mask}
-    if output.is_cuda:
+    if device.unavailable() is None and device.unsupported(output.device) is None:
         from paroattn.ops.gpu import repair
 
         if repair.takes(output):
