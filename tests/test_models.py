@@ -17,12 +17,13 @@ import tiny_models
 import torch
 from tiny_families import ALL, FAMILIES
 from tiny_models import MODELS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paroattn
 from paroattn.block_mask import block_count, text_blocks, unpack_bits
 from paroattn.calibration.calibrate import collect_costs
 from paroattn.integrations.attach import Attachment
-from paroattn.integrations.descriptors import DESCRIPTORS, attention_modules, known_class
+from paroattn.integrations.descriptors import DESCRIPTORS, ModelDescriptor, attention_modules, known_class
 from paroattn.integrations.pipeline import Pipeline
 from paroattn.order import token_order
 
@@ -76,6 +77,34 @@ def test_taking_over_changes_nothing_and_sees_every_layer_and_the_grid(model):
     assert grids[0] == model.grid
     assert layers == set(range(model.layers))
     assert all(module.processor is before for module, before in zip(modules, processors, strict=True))
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "_unique2", "equal")
+        return function(*args, **(kwargs or {}))
+
+
+@each_model()
+def test_the_grid_is_read_from_tensors_in_the_first_step_only(model, monkeypatch):
+    reads, grid = [], ModelDescriptor.grid
+
+    def counted(*given):
+        with _Reads() as mode:
+            found = grid(*given)
+        reads.append(mode.count)
+        return found
+
+    monkeypatch.setattr(ModelDescriptor, "grid", counted)
+    pipe = model.pipe()
+    with paroattn.apply(pipe, precision="exact"):
+        model.latents(pipe, steps=4)
+    assert len(reads) > 2
+    assert sum(map(bool, reads)) <= 2  # with and without the prompt, where a pipeline guides
 
 
 @each_model()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paroattn.integrations import rebind
 
-LAYERS = {"wan-2.1-1.3b-480p": 4, "cogvideox-5b": 3, "hunyuanvideo-720p": 3, "flux.1-dev": 4, "wan-2.1-14b-720p": 1}
+LAYERS = {"wan-2.1-1.3b-480p": 4, "cogvideox-5b": 3, "hunyuanvideo-720p": 3, "flux.1-dev": 57, "wan-2.1-14b-720p": 1}
 BUNDLED = "moving-digits-large"
 
 

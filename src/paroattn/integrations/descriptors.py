@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from paroattn.errors import InputError
-from paroattn.grid import MOST_REFERENCES, Box, Boxes, TokenGrid
+from paroattn.grid import MOST_REFERENCES, Boxes, TokenGrid
+from paroattn.integrations.positions import (
+    box_of_positions,
+    common_sum,
+    count_at_end,
+    first_of,
+    images_of_positions,
+    last_video_of_positions,
+)
 
 Arguments = Mapping[str, Any]
 """Arguments of a forward call of a transformer, by name."""
@@ -117,14 +125,7 @@ def _ltx_video(config: Any, arguments: Arguments) -> Boxes | None:
     frames, height, width = (arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
     if frames or coordinates is None:
         return ((frames, height, width),) if 0 < frames * height * width <= there else None
-    ids = coordinates[0].T
-    in_frame = math.prod(len(ids[:, axis].unique()) for axis in (1, 2))
-    if there % in_frame:
-        return None
-    frame = ids[::in_frame, 0]
-    starts = [0, *((frame[1:] <= frame[:-1]).nonzero().flatten() + 1).tolist()]
-    box = _box_of_positions(ids[starts[-1] * in_frame :])
-    return None if box is None else (box,)
+    return last_video_of_positions(coordinates[0].T)
 
 
 def _image_shapes(config: Any, arguments: Arguments) -> Boxes:
@@ -144,48 +145,34 @@ def _text_and_conditions(config: Any, arguments: Arguments) -> int:
     return lengths("encoder_hidden_states")(config, arguments) + 3 * conditions // 4
 
 
-def _box_of_positions(ids: Tensor) -> Box | None:
-    """The box whose tokens have positions ids [N, 3 or more], in any unit: frame, row, column and what is constant."""
-    axes = [axis.unique(return_inverse=True)[1] for axis in ids.T]
-    box = frames, height, width = [int(axis.amax()) + 1 for axis in axes[:3]]
-    if len(ids) != frames * height * width or any(bool(axis.any()) for axis in axes[3:]):
-        return None
-    in_order = torch.cartesian_prod(*(torch.arange(size, device=ids.device) for size in box))
-    return (frames, height, width) if torch.equal(torch.stack(axes[:3], 1), in_order) else None
-
-
-def _images_of_positions(ids: Tensor) -> Boxes | None:
-    """The boxes of images that follow each other, each with a frame's number of its own."""
-    starts = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1
-    boxes = [_box_of_positions(image) for image in ids.tensor_split(starts.cpu())]
-    return tuple(box for box in boxes if box is not None) if None not in boxes else None
-
-
 def _position_ids(config: Any, arguments: Arguments) -> Boxes | None:
     if arguments.get("image_cond_hidden_states") is not None:  # of Flux 3
         return None
     ids: Tensor = arguments["img_ids"]
-    return _images_of_positions(ids[0] if ids.ndim == 3 else ids)
+    return images_of_positions(ids[0] if ids.ndim == 3 else ids)
 
 
 def _positions_of_all(config: Any, arguments: Arguments) -> Boxes | None:
     """Of one packed sequence, with the image's tokens behind the text's."""
-    return _images_of_positions(arguments["position_ids"][arguments["encoder_hidden_states"].shape[1] :])
+    return images_of_positions(arguments["position_ids"][arguments["encoder_hidden_states"].shape[1] :])
 
 
 def _positions_of_indicated(config: Any, arguments: Arguments) -> Boxes | None:
     """Of one packed sequence of Ideogram, in which an indicator tells the image's tokens: the same in every sample."""
-    image = arguments["indicator"] == arguments["indicator"][:1, -1:]
-    count = int(image[0].sum())
-    same = bool((image == image[0]).all() and image[0, -count:].all())
-    return _images_of_positions(arguments["position_ids"][0, -count:]) if same else None
+    count = count_at_end(arguments["indicator"])
+    return None if count is None else images_of_positions(arguments["position_ids"][0, -count:])
+
+
+def _those_not_indicated(config: Any, arguments: Arguments) -> int:
+    indicator: Tensor = arguments["indicator"]
+    return indicator.shape[1] - (count_at_end(indicator) or 0)
 
 
 def _positions_of_video(config: Any, arguments: Arguments) -> Boxes | None:
     """Of one packed sequence of MiniMax-H3, with the video's tokens at its end; references are video tokens, too."""
     video, ids = arguments["video_indices"], arguments["position_ids"]
-    at_end = int(video[0]) == len(ids) - len(video)
-    box = _box_of_positions(ids[-len(video) :]) if at_end else None
+    at_end = first_of(video) == len(ids) - len(video)
+    box = box_of_positions(ids[-len(video) :]) if at_end else None
     return None if box is None else (box,)
 
 
@@ -207,8 +194,7 @@ def _captions_and_padding(config: Any, arguments: Arguments) -> int:
 
 def _one_prompt_length(config: Any, arguments: Arguments) -> Boxes | None:
     """Of Lumina 2, whose image's tokens begin where those of each sample's prompt end."""
-    counts = arguments["encoder_attention_mask"].sum(1)
-    return latents(2, 3)(config, arguments) if bool((counts == counts[0]).all()) else None
+    return None if common_sum(arguments["encoder_attention_mask"]) is None else latents(2, 3)(config, arguments)
 
 
 def _all_items(config: Any, arguments: Arguments) -> Boxes:
@@ -334,7 +320,7 @@ DESCRIPTORS = {
         (r"layers\.(\d+)\.attention",),
         _positions_of_indicated,
         text="prefix",
-        text_tokens=lambda config, arguments: int((arguments["indicator"][0] != arguments["indicator"][0, -1]).sum()),
+        text_tokens=_those_not_indicated,
         pair_masks=True,
         timestep_range=1.0,
         ascending=True,
@@ -414,7 +400,7 @@ DESCRIPTORS = {
         (r"noise_refiner\.(\d+)\.attn", r"layers\.(\d+)\.attn"),
         _one_prompt_length,
         text="prefix",
-        text_tokens=lambda config, arguments: int(arguments["encoder_attention_mask"][0].sum()),
+        text_tokens=lambda config, arguments: common_sum(arguments["encoder_attention_mask"]) or 0,
         timestep_range=1.0,
         ascending=True,
     ),
