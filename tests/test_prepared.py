@@ -10,6 +10,7 @@ from suite_settings import CPU_CAPABILITIES
 
 import paroattn
 from paroattn.block_mask import pack_bits
+from paroattn.errors import InputError
 from paroattn.ops import prepared, reference
 from paroattn.plan import LayerPlan
 from paroattn.quantize import Precision
@@ -140,6 +141,24 @@ def test_a_prepared_layer_is_one_graph_for_all_steps():
     with torch.compiler.set_stance("fail_on_recompile"):
         for bucket in torch.arange(2):
             assert torch.equal(compiled(query, key, value, bucket=bucket), op(query, key, value, bucket=bucket))
+
+
+def test_torch_accepts_the_operators():
+    query, key, value = inputs(TOKENS, heads=HEADS)
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="reference")
+    torch.library.opcheck(prepared.planned_attention, (query, key, value, torch.tensor(1), None, *op._layer))
+    rows = (0, TOKENS, None)
+    torch.library.opcheck(prepared.repair_in_place, (query.clone(), query, key, value, None, *rows))
+
+
+def test_compiled_code_refuses_what_would_need_gradients():
+    query, key, value = inputs(TOKENS, heads=HEADS)
+    op = paroattn.prepare(LAYER, device="cpu", dtype=torch.float32, backend="reference")
+    compiled = torch.compile(op, backend="aot_eager")
+    with pytest.raises(InputError, match="value requires grad; paroattn is for inference"):
+        compiled(query, key, value.requires_grad_(), bucket=torch.tensor(0))
+    with torch.no_grad():
+        assert compiled(query, key, value, bucket=torch.tensor(0)).isfinite().all()
 
 
 def test_a_second_call_of_a_kind_is_repeated_and_another_kind_is_not(monkeypatch):

@@ -450,11 +450,9 @@ def test_costs_alone_are_off_by_no_more_than_the_rounding_of_p(block_q):
     assert bool((off.abs() <= bounds + 1e-5 * norms.amax()).all())  # and of float32 sums
 
 
-def test_torch_accepts_the_operators():
+def test_torch_accepts_the_operator():
     call = masked_call(half(inputs(70, heads=2)), ["int8", "exact"], compensate=[True, False])
     torch.library.opcheck(torch.ops.paroattn.triton_attention, call.flat())
-    q, k = torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(0))
-    torch.library.opcheck(torch.ops.paroattn.triton_block_sums, (q, k, permutations(2, 70).int(), 0.25))
 
 
 def test_one_graph_holds_the_call():

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from paroattn.block_mask import BLOCK
 from paroattn.errors import InputError
 from paroattn.ops.inputs import FLAT_SCHEMA, AttentionInputs, CallKind, from_flat, is_traced
+from paroattn.ops.opaque import opaque
 from paroattn.quantize import PQuantization, Precision
 
 FORMATS = frozenset(("exact", "bf16", "int8", "int4"))
@@ -74,16 +74,8 @@ def unsupported(kind: CallKind) -> str | None:
 def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
     if is_traced(inputs.query):
-        return torch.ops.paroattn.cpu_attention(*inputs.flat())
+        return cpu_attention(*inputs.flat())
     return _attend(inputs.readable())
-
-
-@torch.library.custom_op(
-    "paroattn::cpu_attention", mutates_args=(), device_types="cpu", schema=f"({FLAT_SCHEMA}) -> (Tensor, Tensor)"
-)
-def cpu_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Attention of `AttentionInputs.flat`: output like query and lse [B, H, N]."""
-    return _attend(from_flat(query, *others))
 
 
 def _attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -96,9 +88,11 @@ def _attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-@cpu_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+cpu_attention = opaque(
+    f"cpu_attention({FLAT_SCHEMA}) -> (Tensor, Tensor)",
+    lambda *flat: _attend(from_flat(*flat)),
+    lambda query, *_: (torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)),
+)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paroattn.errors import InputError
+from paroattn.ops.opaque import opaque
 
 
 class Part(NamedTuple):
@@ -61,12 +62,12 @@ class Exchange(NamedTuple):
                     f"{name} of rank {self.rank} has {x.shape[1]:,} tokens and {x.shape[2]} heads; expected "
                     f"{expected[0]:,} and {expected[1]}: this model's tokens are not split as paroattn knows it"
                 )
-        function = torch.ops.paroattn.to_heads if torch.compiler.is_compiling() else _to_heads
+        function = to_heads if torch.compiler.is_compiling() else _to_heads
         return function(query, key, value, self._order(query), *self._as_lists, self.group)
 
     def to_tokens(self, output: Tensor) -> Tensor:
         """An output [B, N, H of this rank, D] as [B, N of this rank, H, D]."""
-        function = torch.ops.paroattn.to_tokens if torch.compiler.is_compiling() else _to_tokens
+        function = to_tokens if torch.compiler.is_compiling() else _to_tokens
         heads = self._order(output, self.ranks)
         return function(output, heads, *self._as_lists, self.group, self.rank)
 
@@ -170,18 +171,7 @@ def _unpack(received: Tensor, heads: Tensor, ranks: int, place: Tensor) -> None:
     place.index_copy_(2, heads, parted.flatten(2, 3))
 
 
-_library = torch.library.Library("paroattn", "FRAGMENT")
-_library.define(
-    "to_heads(Tensor query, Tensor key, Tensor value, Tensor heads, int[] counts, bool[] is_whole, str group) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define("to_tokens(Tensor output, Tensor heads, int[] counts, bool[] is_whole, str group, int rank) -> Tensor")
-_library.impl("to_heads", _to_heads, "CompositeExplicitAutograd")
-_library.impl("to_tokens", _to_tokens, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("paroattn::to_heads", lib=_library)
-def _(
+def _fake_heads(
     query: Tensor, key: Tensor, value: Tensor, heads: Tensor, counts: list[int], is_whole: list[bool], group: str
 ) -> tuple[Tensor, ...]:
     parts = list(_parts_of(counts, is_whole))
@@ -189,7 +179,21 @@ def _(
     return tuple(x.new_empty(tokens, x.shape[0], held, x.shape[3]).transpose(0, 1) for x in (query, key, value))
 
 
-@torch.library.register_fake("paroattn::to_tokens", lib=_library)
-def _(output: Tensor, heads: Tensor, counts: list[int], is_whole: list[bool], group: str, rank: int) -> Tensor:
+def _fake_tokens(
+    output: Tensor, heads: Tensor, counts: list[int], is_whole: list[bool], group: str, rank: int
+) -> Tensor:
     tokens = sum(part.counts[rank] for part in _parts_of(counts, is_whole))
     return output.new_empty(output.shape[0], tokens, len(heads), output.shape[3])
+
+
+to_heads = opaque(
+    "to_heads(Tensor query, Tensor key, Tensor value, Tensor heads, int[] counts, bool[] is_whole, str group) "
+    "-> (Tensor, Tensor, Tensor)",
+    _to_heads,
+    _fake_heads,
+)
+to_tokens = opaque(
+    "to_tokens(Tensor output, Tensor heads, int[] counts, bool[] is_whole, str group, int rank) -> Tensor",
+    _to_tokens,
+    _fake_tokens,
+)

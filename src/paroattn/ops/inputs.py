@@ -168,6 +168,14 @@ def check_layout(tensor_layout: str) -> None:
         raise InputError(f"tensor_layout is {tensor_layout!r}; expected 'HND' or 'NHD'")
 
 
+def check_no_gradients(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise `InputError` where gradients of a call would be lost; also while compiled code is made."""
+    if torch.is_grad_enabled():
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.requires_grad:
+                raise InputError(f"{name} requires grad; paroattn is for inference: call it under torch.no_grad()")
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
     """Raise `InputError` for query, key, value ("HND") and key_mask that no backend can take."""
     named = {"query": query, "key": key, "value": value}
@@ -180,8 +188,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | 
             )
         if x.device != query.device:
             raise InputError(f"{name} is on {x.device} and query on {query.device}; move them to one device")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError(f"{name} requires grad; paroattn is for inference: call it under torch.no_grad()")
+    check_no_gradients(query, key, value)
     batch, heads, tokens, head_dim = query.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM or tokens < 1:
         raise InputError(

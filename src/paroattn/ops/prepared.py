@@ -20,10 +20,12 @@ from paroattn.ops.inputs import (
     Repeat,
     TensorLayout,
     check_layout,
+    check_no_gradients,
     check_tensors,
     checked_scale,
     parsed_precisions,
 )
+from paroattn.ops.opaque import opaque
 from paroattn.ops.repair import repaired
 from paroattn.order import check_permutation
 from paroattn.plan import LayerPlan
@@ -143,6 +145,7 @@ class PreparedAttention:
         """
         if query.dtype != self.dtype:
             raise InputError(f"query is {query.dtype}; this operator was prepared for {self.dtype}")
+        check_no_gradients(query, key, value)
         if self.tensor_layout == "NHD":
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         attend = planned_attention if torch.compiler.is_compiling() else _attend
@@ -256,27 +259,19 @@ def _repair(
     repaired(output, query, key, value, first=first, count=count, key_mask=key_mask, scale=scale)
 
 
-repair_in_place = torch.library.custom_op("paroattn::repair", _repair, mutates_args=("output",))
-
-
-@repair_in_place.register_fake
-def _(*_: object) -> None:
-    pass
-
-
-planned_attention = torch.library.custom_op(
-    "paroattn::planned_attention",
-    _attend,
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor bucket, Tensor? key_mask, Tensor? orders, "
+repair_in_place = opaque(
+    "repair(Tensor(a!) output, Tensor query, Tensor key, Tensor value, Tensor? key_mask, int first, int count, "
+    "float? scale) -> ()",
+    _repair,
+    lambda *_: None,
+)
+planned_attention = opaque(
+    "planned_attention(Tensor query, Tensor key, Tensor value, Tensor bucket, Tensor? key_mask, Tensor? orders, "
     "Tensor? order_index, Tensor? mask_table, Tensor? mask_index, Tensor? compensate, int[] planned_tokens, "
     "int[] block_shape, str precisions, float? scale, str backend) -> Tensor",
+    _attend,
+    lambda query, *_: torch.empty_like(query),
 )
-
-
-@planned_attention.register_fake
-def _(query: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(query)
 
 
 def kind_of_calls(

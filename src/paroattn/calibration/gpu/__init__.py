@@ -38,34 +38,22 @@ def block_sums(q: Tensor, k: Tensor, orders: Sequence[Tensor], scale: float) -> 
     Returns:
         float32 [orders, q blocks, kv blocks] on the CPU.
     """
-    table = torch.stack([order.to(q.device, torch.int32) for order in orders])
-    return torch.ops.paroattn.triton_block_sums(q.detach(), k.detach(), table, scale).cpu()
-
-
-@torch.library.custom_op("paroattn::triton_block_sums", mutates_args=())
-def triton_block_sums(q: Tensor, k: Tensor, orders: Tensor, scale: float) -> Tensor:
-    """Block sums of one head; q, k [N, D], orders int32 [orders, N] -> float32 [orders, q blocks, kv blocks]."""
     check_device(q)
     from paroattn.calibration.gpu import kernels
 
-    q, k = q.contiguous(), k.contiguous()
+    table = torch.stack([order.to(q.device, torch.int32) for order in orders])
+    q, k = q.detach().contiguous(), k.detach().contiguous()
     tokens, head_dim = q.shape
     blocks = block_count(tokens, BLOCK)
     lse = q.new_empty(tokens, dtype=torch.float32)
-    sums = q.new_empty((len(orders), blocks, blocks), dtype=torch.float32)
+    sums = q.new_empty((len(table), blocks, blocks), dtype=torch.float32)
     width = padded_head_dim(head_dim)
     size: dict[str, Any] = {"HEAD_DIM": head_dim, "D": width, "num_warps": block_warps(width)}
     with on_device_of(q):
         kernels.row_lse[(blocks,)](q, k, lse, scale, tokens, **size)
-        reordered = (x.index_select(0, orders.flatten()) for x in (q, k, lse))
-        kernels.block_sums[(blocks, len(orders))](*reordered, sums, scale, tokens, blocks, **size)
-    return sums
-
-
-@triton_block_sums.register_fake
-def _(q: Tensor, k: Tensor, orders: Tensor, scale: float) -> Tensor:
-    blocks = (q.shape[0] + BLOCK - 1) // BLOCK
-    return q.new_empty((orders.shape[0], blocks, blocks), dtype=torch.float32)
+        reordered = (x.index_select(0, table.flatten()) for x in (q, k, lse))
+        kernels.block_sums[(blocks, len(table))](*reordered, sums, scale, tokens, blocks, **size)
+    return sums.cpu()
 
 
 def skip_costs(

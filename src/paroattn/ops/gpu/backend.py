@@ -5,8 +5,6 @@ On Hopper, a kernel in CUDA takes part (hopper.py). The kernels are imported wit
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from paroattn.ops.inputs import (
     is_traced,
     with_adjacent_channels,
 )
+from paroattn.ops.opaque import opaque
 from paroattn.quantize import PQuantization
 
 FORMATS = frozenset(("exact", "bf16", "int8", "fp8"))
@@ -73,7 +72,7 @@ def unsupported(kind: CallKind) -> str | None:
 def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Attention of checked inputs; see `paroattn.attention` and `paroattn.ops.reference.attend`."""
     if is_traced(inputs.query):
-        return torch.ops.paroattn.triton_attention(*inputs.looked_up().flat())
+        return triton_attention(*inputs.looked_up().flat())
     return _attend(inputs.readable())
 
 
@@ -131,16 +130,8 @@ def _is_read_as_it_is(inputs: AttentionInputs) -> bool:
     )
 
 
-@torch.library.custom_op(
-    "paroattn::triton_attention",
-    mutates_args=(),
-    schema=f"({FLAT_SCHEMA}) -> (Tensor, Tensor)",
+triton_attention = opaque(
+    f"triton_attention({FLAT_SCHEMA}) -> (Tensor, Tensor)",
+    lambda *flat: _attend(from_flat(*flat)),
+    lambda query, *_: (torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)),
 )
-def triton_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Attention of `AttentionInputs.flat`: output and lse [B, H, N]."""
-    return _attend(from_flat(query, *others))
-
-
-@triton_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
