@@ -9,8 +9,13 @@ from paroattn.cli.prompt_files import FilePrompt, read_prompts
 
 def test_every_line_that_is_not_empty_is_a_prompt(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n\n  a harbour at dawn, 日の出 \r\na cat\n", encoding="utf-8")
+    path.write_text("# mine\na cat\n\n  a harbour at dawn, 日の出 \r\na cat\n", encoding="utf-8")
     assert read_prompts(path) == [FilePrompt("a cat"), FilePrompt("a harbour at dawn, 日の出")]
+    assert [prompt.text for prompt in read_prompts(path, merge=False)] == [
+        "a cat",
+        "a harbour at dawn, 日の出",
+        "a cat",
+    ]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
@@ -38,7 +43,7 @@ def test_vbench_lists_have_dimensions(tmp_path):
     ("name", "content", "message"),
     [
         ("none.txt", None, "is no file; expected one prompt per line"),
-        ("empty.txt", b"\n \n", "holds no prompt"),
+        ("empty.txt", b"\n \n# a cat\n", "holds no prompt"),
         ("bytes.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("broken.json", b"[1", "is not JSON"),
         ("object.json", b"{}", "holds a dict; expected a list"),

@@ -17,15 +17,17 @@ class FilePrompt:
     dimensions: tuple[str, ...] = ()
 
 
-def read_prompts(path: Path) -> list[FilePrompt]:
+def read_prompts(path: Path, *, merge: bool = True) -> list[FilePrompt]:
     """Read a file of prompts.
 
     Args:
-        path: a text file with one prompt per line (empty lines do not count), or, if its name ends in .json, a list of
-            objects with `prompt_en` and `dimension`, a string or a list of them, as VBench's `VBench_full_info.json`.
+        path: a text file with one prompt per line (empty lines and those that begin with # do not count), or, if its
+            name ends in .json, a list of objects with `prompt_en` and `dimension`, a string or a list of them, as
+            VBench's `VBench_full_info.json`.
+        merge: of equal prompts only the first stays, with the dimensions of all.
 
     Returns:
-        The prompts in the order of the file. Of equal ones the first stays, with the dimensions of all.
+        The prompts in the order of the file.
 
     Raises:
         InputError: no such file, not UTF-8, not such a list, or no prompt in it.
@@ -43,9 +45,12 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     if path.suffix == ".json":
         found = _vbench(path, content)
     else:
-        found = [FilePrompt(line.strip()) for line in content.splitlines() if line.strip()]
+        lines = (line.strip() for line in content.splitlines())
+        found = [FilePrompt(line) for line in lines if line and not line.startswith("#")]
     if not found:
         raise InputError(f"prompts {str(path)!r} holds no prompt; expected one per line")
+    if not merge:
+        return found
     merged: dict[str, tuple[str, ...]] = {}
     for prompt in found:
         merged[prompt.text] = tuple(dict.fromkeys((*merged.get(prompt.text, ()), *prompt.dimensions)))
