@@ -1,15 +1,18 @@
 #include "threads.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace paroattn {
 namespace {
 
+constexpr int64_t kPatience = 10000;  // looks for a task before a thread gives its CPU away: milliseconds
 constexpr int64_t kChunk = 256;  // tokens per task of statistics; fixed, so that sums never depend on the threads
 
 Kernel kernel_for(Capability capability, const Head& head) {
@@ -86,6 +89,91 @@ void combine(Head& head, const Moments* chunks, int64_t count) {
   }
 }
 
+// What is done for a head, in this order. Each stage begins when the one before it is done.
+enum Stage { kMeasure, kCombine, kPack, kPackMeans, kAttend, kStages };
+
+// The tasks of a stage of a head. Whichever thread has time takes the next one.
+class alignas(64) Tasks {
+ public:
+  explicit Tasks(int64_t count) : count_(count) {}
+
+  // A task that no thread has taken yet, or -1.
+  int64_t take() {
+    if (taken_.load(std::memory_order_relaxed) >= count_) return -1;
+    const int64_t task = taken_.fetch_add(1, std::memory_order_relaxed);
+    return task < count_ ? task : -1;
+  }
+
+  // True for the last one.
+  bool finish() { return finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_; }
+
+  // Once true, all that the tasks wrote can be read.
+  bool are_done() const { return finished_.load(std::memory_order_acquire) >= count_; }
+
+ private:
+  const int64_t count_;
+  std::atomic<int64_t> taken_{0}, finished_{0};
+};
+
+// Where a thread finds its next task. No thread waits for a task that another one has taken while there are others: the
+// system may have taken that thread from its CPU for as long as all of attention takes.
+class Schedule {
+ public:
+  Schedule(const std::vector<Head>& heads, int64_t chunks) {
+    for (const Head& head : heads) {
+      const int64_t blocks = block_count(head.tokens);
+      for (const int64_t count : {chunks, int64_t(1), blocks, mean_block_count(head), blocks}) {
+        tasks_.emplace_back(std::make_unique<Tasks>(count));
+      }
+    }
+  }
+
+  Tasks& of(int64_t head, int stage) { return *tasks_[head * kStages + stage]; }
+
+  // How far a thread has come: heads before these are packed, or have no rows left.
+  struct Place {
+    int64_t packing = 0, attending = 0;
+  };
+
+  struct Task {
+    int64_t head;
+    int stage;
+    int64_t number;
+  };
+
+  // A task that can be done now, of the first head that has one; false if all others are taken. Heads are packed first,
+  // so that the last tasks, for which threads do wait, are short.
+  bool take(Place& place, Task& task) {
+    const int64_t heads = int64_t(tasks_.size()) / kStages;
+    for (int64_t round = 0;; ++round) {
+      while (place.packing < heads && is_packed(place.packing)) ++place.packing;
+      for (int64_t head = place.packing; head < heads; ++head) {
+        int stage = kMeasure;
+        while (stage < kAttend && of(head, stage).are_done()) ++stage;
+        if (stage < kAttend && take(head, stage, task)) return true;
+      }
+      for (int64_t head = place.attending; head < heads; ++head) {
+        if (!is_packed(head)) continue;
+        if (take(head, kAttend, task)) return true;
+        if (head == place.attending) ++place.attending;
+      }
+      if (place.attending == heads) return false;
+      // Tasks are short. To yield to another process is to wait for its turn to end.
+      if (round > kPatience) std::this_thread::yield();
+    }
+  }
+
+  bool is_packed(int64_t head) { return of(head, kPack).are_done() && of(head, kPackMeans).are_done(); }
+
+ private:
+  bool take(int64_t head, int stage, Task& task) {
+    task = {head, stage, of(head, stage).take()};
+    return task.number >= 0;
+  }
+
+  std::vector<std::unique_ptr<Tasks>> tasks_;
+};
+
 }  // namespace
 
 Capability best_capability() {
@@ -114,43 +202,41 @@ Report run(std::vector<Head>& heads, Capability capability, int threads) {
   workspace.allocate();
   for (size_t h = 0; h < heads.size(); ++h) take_buffers(heads[h], kernels[h], workspace);
 
-  const int64_t tokens = heads[0].tokens, blocks = block_count(tokens), chunks = (tokens + kChunk - 1) / kChunk;
-  const int64_t head_count = int64_t(heads.size());
-  int64_t mean_blocks = 0;  // of one head, at most
-  for (const Head& head : heads) mean_blocks = std::max(mean_blocks, mean_block_count(head));
-  // A few heads at a time, so that their k and v are still in the cache when they are read again to be packed.
-  const int64_t together = std::max(1, threads / 8);
-  std::vector<Moments> moments(head_count * chunks);
+  const int64_t tokens = heads[0].tokens, chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<Moments> moments(heads.size() * chunks);
+  Schedule schedule(heads, chunks);
+  std::atomic<size_t> packed_heads{0};
   int64_t visited = 0;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(+ : visited)
   {
-    for (int64_t first = 0; first < head_count; first += together) {
-      const int64_t count = std::min(together, head_count - first);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < count * chunks; ++task) {
-        const int64_t head = first + task / chunks, chunk = task % chunks;
-        const int64_t end = std::min((chunk + 1) * kChunk, tokens);
-        kernels[head].measure(heads[head], chunk * kChunk, end, moments[head * chunks + chunk]);
+    Schedule::Place place;
+    Schedule::Task task;
+    while (schedule.take(place, task)) {
+      const int64_t number = task.number;
+      Head& head = heads[task.head];
+      const Kernel& kernel = kernels[task.head];
+      Moments* const of_chunks = &moments[task.head * chunks];
+      switch (task.stage) {
+        case kMeasure:
+          kernel.measure(head, number * kChunk, std::min((number + 1) * kChunk, tokens), of_chunks[number]);
+          break;
+        case kCombine:
+          combine(head, of_chunks, chunks);
+          break;
+        case kPack:
+          kernel.pack(head, number);
+          break;
+        case kPackMeans:
+          kernel.pack_means(head, number);
+          break;
+        default:
+          visited += kernel.attend(head, number);
       }
-#pragma omp for schedule(static)
-      for (int64_t head = first; head < first + count; ++head) combine(heads[head], &moments[head * chunks], chunks);
-#pragma omp for schedule(dynamic, 4)
-      for (int64_t task = 0; task < count * blocks; ++task) {
-        const int64_t head = first + task / blocks;
-        kernels[head].pack(heads[head], task % blocks);
+      const int last_before_attending = mean_block_count(head) ? kPackMeans : kPack;
+      if (schedule.of(task.head, task.stage).finish() && task.stage == last_before_attending &&
+          ++packed_heads == heads.size()) {
+        packed = Clock::now();
       }
-    }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < head_count * mean_blocks; ++task) {
-      const int64_t head = task / mean_blocks;
-      if (heads[head].compensate) kernels[head].pack_means(heads[head], task % mean_blocks);
-    }
-#pragma omp single nowait
-    packed = Clock::now();
-    // Rows of blocks differ in their number of kept blocks: a thread takes the next one when it is done.
-#pragma omp for schedule(dynamic, 1) reduction(+ : visited)
-    for (int64_t task = 0; task < head_count * blocks; ++task) {
-      visited += kernels[task / blocks].attend(heads[task / blocks], task % blocks);
     }
   }
   return {visited, std::chrono::duration<double>(packed - start).count()};

@@ -235,6 +235,29 @@ def repair_table(records: list[dict]) -> list[str]:
     ]
 
 
+def busy_table(records: list[dict]) -> list[str]:
+    """All threads beside one, where other processes take the CPU."""
+    rows = [
+        (
+            f"{record['precision']}, density {record['density']:g}",
+            str(record["busy_processes"]),
+            f"{record['one_thread_ms']:.0f} ms",
+            f"{record['all_threads_ms']:.0f} ms",
+            f"{record['ninth_decile_ms']:.0f} ms",
+            f"{record['times_one']:.2f}",
+        )
+        for record in records
+    ]
+    first = records[0]
+    heads = ("", "busy processes", "one thread", "all threads", "of ten calls the second slowest", "all / one")
+    return [
+        *table(heads, rows),
+        "",
+        f"{first['heads']} heads of {first['tokens']:,} x {first['head_dim']}, medians; last column: median of the "
+        f"rounds' ratios. {surroundings(first)}.",
+    ]
+
+
 def linears_table(records: list[dict]) -> list[str]:
     """PSNR with linear layers in 8 bits, alone and beside a plan."""
     found = {(record["model"], record["what"]): record for record in records}

@@ -33,6 +33,7 @@ from gpu_tables import (
 from record_tables import (
     ablation_table,
     attention_table,
+    busy_table,
     closeness_table,
     compensation_table,
     evaluation_table,
@@ -70,6 +71,7 @@ KINDS = {
     "gpu trial": trials_table,
     "gpu host": host_table,
     "balance": balance_table,
+    "busy": busy_table,
 }
 
 
